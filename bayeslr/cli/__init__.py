@@ -1,0 +1,53 @@
+"""The command line: thin verbs over the library, one file a group of verbs.
+
+Files here import nothing heavier than typer at module level, so that ``--help`` is immediate.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from bayeslr.cli.data import check, import_app
+from bayeslr.cli.model import calibrate, fit, plan, predict, report
+from bayeslr.cli.priors import priors_app
+from bayeslr.cli.sweeps import compare, quickstart, replay, status, sweep, worker
+from bayeslr.errors import BayeslrError
+
+app = typer.Typer(
+    name="bayeslr",
+    help="Predict the learning rate of a large pre-training run from cheap proxy runs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command()(quickstart)
+app.add_typer(import_app, name="import")
+app.command()(check)
+app.command()(fit)
+app.command()(predict)
+app.command()(plan)
+app.command()(sweep)
+app.command()(worker)
+app.command()(status)
+app.command()(report)
+app.command()(replay)
+app.command()(compare)
+app.command()(calibrate)
+app.add_typer(priors_app, name="priors")
+
+
+def main() -> None:
+    """Entry point: a user's mistake ends in one readable message, never in a traceback."""
+    try:
+        app()
+    except BayeslrError as error:
+        print(f"bayeslr: {error}", file=sys.stderr)  # noqa: T201
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("bayeslr: interrupted; what was finished is kept", file=sys.stderr)  # noqa: T201
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)

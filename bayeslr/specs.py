@@ -1,0 +1,308 @@
+"""Frozen specs: a run to train, a target to predict, a sweep recipe; each checks itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from bayeslr.errors import SpecError
+from bayeslr.units import parse_count, parse_quantity, train_flops
+
+PARAM_CONVENTIONS = ("non_embedding", "total")
+SCHEDULES = ("wsd", "cosine", "linear", "constant")
+WEIGHT_DECAY_KINDS = ("coupled", "independent")
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise SpecError(message)
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise SpecError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    unknown = sorted(set(given) - set(allowed))
+    if unknown:
+        raise SpecError(
+            f"{where}: unknown key {unknown[0]!r}; allowed keys are {', '.join(sorted(allowed))}"
+        )
+
+
+def _field_names(cls: type) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Target:
+    """The run to plan.
+
+    Counts are parameters and tokens, never billions. ``family`` is the family whose LR is wanted;
+    one that the fit has not seen is predicted at population level.
+    """
+
+    target_id: str
+    n_active: float
+    n_total: float
+    tokens: float
+    batch_tokens: float
+    family: str | None = None
+    param_convention: str = "non_embedding"
+    seq_len: int | None = None
+    n_experts: int | None = None
+    top_k: int | None = None
+
+    def __post_init__(self) -> None:
+        _positive(self, "n_active", "n_total", "tokens", "batch_tokens", "seq_len")
+        _require(
+            self.n_active <= self.n_total,
+            f"target {self.target_id}: n_active ({self.n_active:.6g}) must not exceed "
+            f"n_total ({self.n_total:.6g}); a dense model has both equal",
+        )
+        _require(
+            self.batch_tokens <= self.tokens,
+            f"target {self.target_id}: batch_tokens ({self.batch_tokens:.6g}) must not exceed "
+            f"tokens ({self.tokens:.6g}); both count tokens",
+        )
+        _require(
+            self.param_convention in PARAM_CONVENTIONS,
+            f"target {self.target_id}: param_convention must be one of "
+            f"{', '.join(PARAM_CONVENTIONS)}, got {self.param_convention!r}",
+        )
+
+    @property
+    def flops(self) -> float:
+        """Training FLOPs of the target, 6 N_active D."""
+        return train_flops(self.n_active, self.tokens)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunSpec:
+    """One training run, as a runner receives it (JSON over the process boundary).
+
+    ``tokens`` is the longest horizon. Under WSD, ``decay_at`` lists the token counts at which the
+    decayed loss is measured: a stable trunk is trained once and each branch decays off it over the
+    last ``decay_fraction`` of its own count; it always holds ``tokens``. ``shape`` and ``options``
+    belong to the runner (widths, experts; data, evaluation).
+    """
+
+    run_id: str
+    family: str
+    runner: str
+    lr: float
+    tokens: int
+    batch_tokens: int
+    n_active: int
+    n_total: int
+    seq_len: int
+    seed: int = 0
+    param_convention: str = "non_embedding"
+    arch: str = "moe"
+    parametrization: str = "sp"
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    weight_decay_kind: str = "coupled"
+    schedule: str = "wsd"
+    warmup_tokens: int = 0
+    decay_fraction: float = 0.2
+    final_lr_fraction: float = 0.0
+    decay_at: tuple[int, ...] = ()
+    shape: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive(self, "lr", "tokens", "batch_tokens", "n_active", "n_total", "seq_len")
+        _require(self.lr < 10, f"run {self.run_id}: lr is the peak LR itself, got {self.lr}")
+        _require(
+            self.batch_tokens <= self.tokens,
+            f"run {self.run_id}: batch_tokens ({self.batch_tokens}) exceeds tokens ({self.tokens})",
+        )
+        _require(
+            self.schedule in SCHEDULES,
+            f"run {self.run_id}: schedule must be one of {', '.join(SCHEDULES)}, "
+            f"got {self.schedule!r}",
+        )
+        _require(
+            self.weight_decay_kind in WEIGHT_DECAY_KINDS,
+            f"run {self.run_id}: weight_decay_kind must be one of "
+            f"{', '.join(WEIGHT_DECAY_KINDS)}, got {self.weight_decay_kind!r}",
+        )
+        _require(
+            0 < self.decay_fraction <= 1,
+            f"run {self.run_id}: decay_fraction must be in (0, 1], got {self.decay_fraction}",
+        )
+        _require(
+            0 <= self.warmup_tokens < self.tokens,
+            f"run {self.run_id}: warmup_tokens must be in [0, tokens), got {self.warmup_tokens}",
+        )
+        branches = tuple(sorted({int(t) for t in self.decay_at} | {self.tokens}))
+        _require(
+            branches[0] > 0 and branches[-1] == self.tokens,
+            f"run {self.run_id}: decay_at must lie in (0, tokens], got {self.decay_at}",
+        )
+        object.__setattr__(self, "decay_at", branches)
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Inverse of `to_json`. Raises: SpecError on an unknown key or a broken rule."""
+        raw = json.loads(text)
+        _check_keys(raw, _field_names(cls), "run spec")
+        return cls(**{**raw, "decay_at": tuple(raw.get("decay_at", ()))})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LrGrid:
+    """Peak LRs that a sweep may try: ``per_octave`` points a factor of two, ``low`` to ``high``."""
+
+    low: float
+    high: float
+    per_octave: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "low", "high", "per_octave")
+        _require(self.low < self.high, f"lr.low ({self.low}) must be below lr.high ({self.high})")
+
+    def values(self) -> tuple[float, ...]:
+        """Ascending grid of LRs; both ends are within half a step of ``low`` and ``high``."""
+        num_steps = round(math.log2(self.high / self.low) * self.per_octave)
+        return tuple(self.low * 2 ** (i / self.per_octave) for i in range(num_steps + 1))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Space:
+    """Runs that a sweep may ask for: every shape at every token count, batch and LR.
+
+    ``shapes`` are mappings that belong to the runner, each with a unique ``name``.
+    """
+
+    lr: LrGrid
+    tokens: tuple[int, ...]
+    batch_tokens: tuple[int, ...]
+    shapes: tuple[Mapping[str, Any], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_tokens", "shapes"):
+            _require(len(getattr(self, name)) > 0, f"space.{name} must not be empty")
+        names = [shape.get("name") for shape in self.shapes]
+        _require(
+            None not in names and len(set(names)) == len(names),
+            f"each of space.shapes needs a unique name, got {names}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """A sweep: the runs it may ask for, the targets it serves, its global budget in FLOPs.
+
+    ``run`` holds the fields that every `RunSpec` of the sweep shares (seq_len, schedule,
+    weight_decay, ...), ``options`` what the runner alone understands. ``targets`` whose ``shape``
+    key names widths get their counts from the runner. ``validate_target`` trains the first target
+    at the recommended LR and at its half and double once the sweep has ended.
+    """
+
+    name: str
+    runner: str
+    family: str
+    space: Space
+    targets: tuple[Mapping[str, Any], ...]
+    budget_flops: float
+    prior: str = "moe-default"
+    seed: int = 1
+    workers: int = 1
+    batch_runs: int = 2
+    max_runs: int | None = None
+    start_runs: int = 6
+    validate_target: bool = False
+    run: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _positive(self, "budget_flops", "workers", "batch_runs", "max_runs", "start_runs")
+        _require(len(self.targets) > 0, f"recipe {self.name}: at least one [[targets]] is needed")
+        _check_keys(
+            self.run,
+            [n for n in _field_names(RunSpec) if n not in _SET_BY_SWEEP],
+            f"recipe {self.name}, [run]",
+        )
+
+
+_SET_BY_SWEEP = (
+    "run_id", "family", "runner", "lr", "tokens", "batch_tokens", "n_active", "n_total",
+    "decay_at", "shape", "options",
+)  # fmt: skip
+
+
+def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
+    """Recipe from the parsed TOML (or JSON) document.
+
+    Tables: ``[sweep]`` (name, runner, family, budget_flops, ...), ``[space]`` with ``[space.lr]``
+    and ``[[space.shapes]]``, ``[[targets]]``, ``[run]``, ``[options]``.
+    Raises: SpecError on an unknown key, a missing one, or a value that breaks a rule.
+    """
+    _check_keys(raw, ["sweep", "space", "targets", "run", "options"], where)
+    for table in ("sweep", "space", "targets"):
+        _require(table in raw, f"{where}: [{table}] is missing")
+    sweep, space = dict(raw["sweep"]), dict(raw["space"])
+    outside = ("space", "targets", "run", "options")
+    _check_keys(sweep, [n for n in _field_names(Recipe) if n not in outside], f"{where}, [sweep]")
+    _check_keys(space, _field_names(Space), f"{where}, [space]")
+    _check_keys(space.get("lr", {}), _field_names(LrGrid), f"{where}, [space.lr]")
+    try:
+        if "budget_flops" in sweep:
+            sweep["budget_flops"] = parse_quantity(sweep["budget_flops"], name="budget_flops")
+        return Recipe(
+            **sweep,
+            space=Space(
+                lr=LrGrid(**space["lr"]),
+                tokens=tuple(parse_count(t, name="space.tokens") for t in space["tokens"]),
+                batch_tokens=tuple(
+                    parse_count(b, name="space.batch_tokens") for b in space["batch_tokens"]
+                ),
+                shapes=tuple(dict(s) for s in space.get("shapes", ())),
+            ),
+            targets=tuple(dict(t) for t in raw["targets"]),
+            run=dict(raw.get("run", {})),
+            options=dict(raw.get("options", {})),
+        )
+    except KeyError as error:
+        raise SpecError(f"{where}: key {error.args[0]!r} is missing") from error
+    except TypeError as error:
+        raise SpecError(f"{where}: {error}") from error
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file. Raises: SpecError if it is missing or broken."""
+    path = Path(path)
+    try:
+        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpecError(f"recipe {path} does not exist") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"recipe {path} is not valid TOML: {error}") from error
+    return parse_recipe(raw, where=f"recipe {path}")
+
+
+def recipe_document(recipe: Recipe) -> dict[str, Any]:
+    """The document that `parse_recipe` reads back to an equal recipe (JSON-safe)."""
+    raw = dataclasses.asdict(recipe)
+    return {
+        "space": raw.pop("space"),
+        "targets": list(raw.pop("targets")),
+        "run": raw.pop("run"),
+        "options": raw.pop("options"),
+        "sweep": {k: v for k, v in raw.items() if v is not None},
+    }

@@ -1,0 +1,58 @@
+"""Tokens, parameters, FLOPs and losses: parsing, printing, conversion."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from bayeslr.errors import SpecError
+
+_SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
+_QUANTITY = re.compile(r"^([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMGBT]?)$", re.I)
+
+
+def parse_quantity(text: str | float, *, name: str = "value") -> float:
+    """Read a positive number with an optional K, M, B (or G) or T suffix: ``1.3B``, ``500e9``.
+
+    Raises: SpecError if the text is no number, or the number is not finite and positive.
+    """
+    if isinstance(text, str):
+        match = _QUANTITY.match(text.strip().replace(",", ""))
+        if match is None:
+            raise SpecError(
+                f"{name} must be a number such as 1.3B, 500e9 or 4M, got {text!r}; "
+                "suffixes are K, M, B and T"
+            )
+        number = float(match.group(1).replace("_", "")) * _SUFFIX[match.group(2).upper()]
+    else:
+        number = float(text)
+    if not math.isfinite(number) or number <= 0:
+        raise SpecError(f"{name} must be finite and > 0, got {text!r}")
+    return number
+
+
+def parse_count(text: str | float, *, name: str = "value") -> int:
+    """Read a positive whole number, as `parse_quantity` does, rounded to the nearest integer."""
+    return max(1, round(parse_quantity(text, name=name)))
+
+
+def format_quantity(number: float) -> str:
+    """Print a count with a suffix and at most four figures: 1300000000 as ``1.3B``."""
+    if not math.isfinite(number):
+        return str(number)
+    if abs(number) >= 1e15:
+        return f"{number:.3g}"
+    for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if abs(number) >= scale:
+            return f"{number / scale:.4g}{suffix}"
+    return f"{number:.4g}"
+
+
+def train_flops(n_active: float, tokens: float) -> float:
+    """FLOPs of training: 6 per active parameter and token (Kaplan et al. 2020, section 2.1)."""
+    return 6.0 * n_active * tokens
+
+
+def bits_to_nats(bits: float) -> float:
+    """Loss in nats from a loss in bits."""
+    return bits * math.log(2.0)
