@@ -1,0 +1,168 @@
+"""Run table to design: which run belongs to which slice, cell, shape and family, and its regressors.
+
+Indices run from fine to coarse: run, slice (cell at one batch), cell (shape at one token count),
+shape (parameter counts in one family), family. Regressors are natural logs, uncentred: the model
+centres them where its prior card says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bayeslr.errors import DataError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from bayeslr.runs import RunTable
+
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.int64]
+    BoolArray = NDArray[np.bool_]
+
+# What separates two slices. Runs of one slice differ in LR and seed alone.
+_SHAPE_KEY = ["family", "parametrization", "n_active", "n_total", "d_model", "n_layers",
+              "n_experts", "top_k"]  # fmt: skip
+_CELL_KEY = [*_SHAPE_KEY, "tokens", "annealed"]
+_SLICE_KEY = [*_CELL_KEY, "batch_tokens"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Design:
+    """Arrays of one fit.
+
+    Runs: ``slice_of_run`` (run,), ``log_lr`` (run,), ``loss`` (run,) in nats with NaN for diverged
+    runs, ``loss_se`` (run,) in nats, zero where unknown, ``diverged`` (run,).
+    Slices: ``cell_of_slice``, ``log_batch`` (slice,), tokens. Cells: ``shape_of_cell``,
+    ``log_tokens``, ``annealed`` (cell,), false for losses read off before the LR had decayed.
+    Shapes: ``family_of_shape``, ``log_n_active``, ``log_sparsity`` (shape,), the latter
+    ln(n_active / n_total). Families: names in ``families``, ``parametrizations`` (family,).
+    """
+
+    slice_of_run: IntArray
+    log_lr: FloatArray
+    loss: FloatArray
+    loss_se: FloatArray
+    diverged: BoolArray
+    cell_of_slice: IntArray
+    log_batch: FloatArray
+    shape_of_cell: IntArray
+    log_tokens: FloatArray
+    annealed: BoolArray
+    family_of_shape: IntArray
+    log_n_active: FloatArray
+    log_sparsity: FloatArray
+    families: tuple[str, ...]
+    parametrizations: tuple[str, ...]
+
+    @property
+    def num_runs(self) -> int:
+        """Runs, diverged ones included."""
+        return len(self.log_lr)
+
+    @property
+    def num_slices(self) -> int:
+        """Slices."""
+        return len(self.log_batch)
+
+    @property
+    def num_cells(self) -> int:
+        """Cells."""
+        return len(self.log_tokens)
+
+    @property
+    def num_shapes(self) -> int:
+        """Shapes."""
+        return len(self.log_n_active)
+
+    @property
+    def shape_of_slice(self) -> IntArray:
+        """Shape of each slice (slice,)."""
+        return self.shape_of_cell[self.cell_of_slice]
+
+    @property
+    def family_of_slice(self) -> IntArray:
+        """Family of each slice (slice,)."""
+        return self.family_of_shape[self.shape_of_slice]
+
+    def slice_features(self) -> dict[str, FloatArray]:
+        """The four regressors at slice level, each (slice,)."""
+        shape = self.shape_of_slice
+        return {
+            "log_n_active": self.log_n_active[shape],
+            "log_sparsity": self.log_sparsity[shape],
+            "log_tokens": self.log_tokens[self.cell_of_slice],
+            "log_batch": self.log_batch,
+        }
+
+
+def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
+    """Group code of each row, and the first row of each group, groups in order of appearance."""
+    codes = frame.groupby(key, dropna=False, sort=True).ngroup().to_numpy()
+    _, first = np.unique(codes, return_index=True)
+    return codes, first
+
+
+def build_design(table: RunTable) -> Design:
+    """Design of the runs that say something about the LR: ok, partial, pruned and diverged ones.
+
+    Failed and lost runs, and unfinished ones without a loss, say nothing and are left out.
+    Raises: DataError if no finished or diverged run is left, or every run diverged.
+    """
+    frame = table.frame
+    has_loss = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
+    status = frame["status"].astype(str)
+    diverged = (status == "diverged").to_numpy()
+    usable = diverged | (status.isin(["ok", "partial", "pruned"]).to_numpy() & has_loss)
+    frame = frame.loc[usable].copy()
+    diverged = diverged[usable]
+    if len(frame) == 0:
+        raise DataError(
+            "no run can be used: none is finished, partial or diverged; "
+            "failed and lost runs say nothing about the LR"
+        )
+    if diverged.all():
+        raise DataError(
+            f"all {len(frame)} runs diverged: they bound the LR from above but show no valley; "
+            "add runs at lower LR"
+        )
+    # A diverged run belongs to the horizon that it was meant to reach, not to where it died.
+    planned = frame["planned_tokens"].to_numpy(dtype=float, na_value=np.nan)
+    tokens = frame["tokens"].to_numpy(dtype=float)
+    frame["tokens"] = np.where(diverged & np.isfinite(planned), planned, tokens)
+    frame["annealed"] = ~frame["status"].isin(["partial", "pruned"]).to_numpy()
+    for column in ("parametrization", "d_model", "n_layers", "n_experts", "top_k"):
+        frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
+
+    slice_of_run, first_run = _codes(frame, _SLICE_KEY)
+    slices = frame.iloc[first_run].reset_index(drop=True)
+    cell_of_slice, first_slice = _codes(slices, _CELL_KEY)
+    cells = slices.iloc[first_slice].reset_index(drop=True)
+    shape_of_cell, first_cell = _codes(cells, _SHAPE_KEY)
+    shapes = cells.iloc[first_cell].reset_index(drop=True)
+    family_of_shape, first_shape = _codes(shapes, ["family", "parametrization"])
+    families = shapes.iloc[first_shape].reset_index(drop=True)
+
+    log_n_active = np.log(shapes["n_active"].to_numpy(dtype=float))
+    loss_se = frame["loss_se"].to_numpy(dtype=float, na_value=np.nan)
+    return Design(
+        slice_of_run=slice_of_run,
+        log_lr=np.log(frame["lr"].to_numpy(dtype=float)),
+        loss=np.where(diverged, np.nan, frame["loss"].to_numpy(dtype=float, na_value=np.nan)),
+        loss_se=np.where(np.isfinite(loss_se), loss_se, 0.0),
+        diverged=diverged,
+        cell_of_slice=cell_of_slice,
+        log_batch=np.log(slices["batch_tokens"].to_numpy(dtype=float)),
+        shape_of_cell=shape_of_cell,
+        log_tokens=np.log(cells["tokens"].to_numpy(dtype=float)),
+        annealed=cells["annealed"].to_numpy(dtype=bool),
+        family_of_shape=family_of_shape,
+        log_n_active=log_n_active,
+        log_sparsity=log_n_active - np.log(shapes["n_total"].to_numpy(dtype=float)),
+        families=tuple(families["family"].astype(str)),
+        parametrizations=tuple(p or "sp" for p in families["parametrization"].astype(str)),
+    )

@@ -1,0 +1,51 @@
+"""Pure mean functions: the valley, the batch knee and penalty, the loss-token law.
+
+Each works on NumPy arrays and on PyTensor tensors alike: ``xp`` is the module whose ``exp``,
+``expm1`` and friends are used. All logs are natural; losses are in nats per token.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+# Beyond exp(30) every loss is absurd: the cap keeps far starts and far LRs finite.
+_MAX_EXPONENT = 30.0
+
+
+def linex(u: Any, skew: Any, xp: Any = np) -> Any:
+    """Asymmetric bowl: u^2/2 near zero, exponential for u > 0, linear for u < 0.
+
+    2 linex(u, r) is u^2 as r goes to zero; its third derivative at zero is ``skew``. The loss of
+    Varian (1975), used here as the shape of a valley: Step Law's dense slices rise linearly far
+    below the optimum and exponentially above it (docs/log.md).
+    """
+    x = xp.minimum(skew * u, _MAX_EXPONENT) if xp is np else xp.clip(skew * u, -1e6, _MAX_EXPONENT)
+    return (xp.expm1(x) - x) / skew**2
+
+
+def valley_excess(u: Any, curvature: Any, skew: Any, xp: Any = np) -> Any:
+    """Loss above the floor, in nats, at u = ln(LR / LR*).
+
+    curvature: nats per unit of u squared at the bottom, so that excess = curvature u^2 there.
+    """
+    return 2.0 * curvature * linex(u, skew, xp)
+
+
+def softplus(x: Any, xp: Any = np) -> Any:
+    """ln(1 + e^x) without overflow."""
+    if xp is np:
+        return np.logaddexp(0.0, x)
+    return xp.softplus(x)
+
+
+def batch_knee(z: Any, slope_below: Any, slope_above: Any, sharpness: float, xp: Any = np) -> Any:
+    """Shift of ln LR* at z = ln(batch / best batch): two slopes joined smoothly at z = 0.
+
+    Below the best batch noise limits the step and LR* grows like a power of the batch; above it
+    the growth dies down. Zero at z = 0. The surge rule of Li et al. 2024 (arXiv 2405.14578) has
+    slopes 1/2 and -1/2.
+    """
+    above = (softplus(sharpness * z, xp) - np.log(2.0)) / sharpness
+    return slope_below * z + (slope_above - slope_below) * above
