@@ -1,0 +1,29 @@
+"""What every test shares: no display, no accelerator, no library of the user's own settings."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+# Set before any test module imports the libraries that read them.
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_RUNNERS = all(importlib.util.find_spec(name) is not None for name in ("torch", "optuna"))
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out the runners' tests where the extra ``runners`` is not installed."""
+    if collection_path.parent.name == "runners" and not HAS_RUNNERS:
+        return True
+    return None
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Root of the repository."""
+    return ROOT

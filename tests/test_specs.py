@@ -1,0 +1,206 @@
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bayeslr.errors import SpecError
+from bayeslr.specs import (
+    LrGrid,
+    RunSpec,
+    Space,
+    Target,
+    load_recipe,
+    parse_recipe,
+    recipe_document,
+)
+
+TARGET: dict[str, Any] = {
+    "target_id": "big",
+    "n_active": 1.3e9,
+    "n_total": 12e9,
+    "tokens": 5e11,
+    "batch_tokens": 4e6,
+}
+
+RUN: dict[str, Any] = {
+    "run_id": "r1",
+    "family": "f",
+    "runner": "moe",
+    "lr": 3e-3,
+    "tokens": 100_000,
+    "batch_tokens": 4096,
+    "n_active": 10_000,
+    "n_total": 20_000,
+    "seq_len": 128,
+}
+
+RECIPE: dict[str, Any] = {
+    "sweep": {"name": "s", "runner": "moe", "family": "f", "budget_flops": "1e14"},
+    "space": {
+        "lr": {"low": 1e-3, "high": 8e-3, "per_octave": 2},
+        "tokens": ["100K", 200_000],
+        "batch_tokens": ["4096"],
+        "shapes": [{"name": "xs", "d_model": 32}, {"name": "s", "d_model": 64}],
+    },
+    "targets": [{"target_id": "t", "shape": {"d_model": 128}}],
+    "run": {"seq_len": 128, "weight_decay": 0.1},
+    "options": {"eval_tokens": 1000},
+}
+
+
+def recipe(**changes: Any) -> dict[str, Any]:
+    """RECIPE with ``table__key=value`` changes; a value of None takes the key away."""
+    raw = copy.deepcopy(RECIPE)
+    for path, value in changes.items():
+        *tables, key = path.split("__")
+        place = raw
+        for table in tables:
+            place = place[table]
+        if value is None:
+            del place[key]
+        else:
+            place[key] = value
+    return raw
+
+
+def test_target_counts_its_flops() -> None:
+    assert Target(**TARGET).flops == pytest.approx(6 * 1.3e9 * 5e11)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_active": 0}, "n_active must be finite and > 0, got 0"),
+        ({"tokens": float("nan")}, "tokens must be finite"),
+        ({"n_active": 13e9}, "must not exceed n_total"),
+        ({"batch_tokens": 1e12}, "must not exceed tokens"),
+        ({"param_convention": "all"}, "param_convention must be one of non_embedding, total"),
+    ],
+)
+def test_target_names_the_broken_rule(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Target(**{**TARGET, **change})
+
+
+def test_specs_are_frozen_and_keyword_only() -> None:
+    target = Target(**TARGET)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        target.tokens = 1.0  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        Target("big", 1e9, 1e9, 1e10, 1e6)  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": -1e-3}, "lr must be finite and > 0"),
+        ({"lr": 11}, "the peak LR itself"),
+        ({"batch_tokens": 200_000}, "exceeds tokens"),
+        ({"schedule": "step"}, "schedule must be one of wsd, cosine"),
+        ({"weight_decay_kind": "both"}, "weight_decay_kind must be one of"),
+        ({"decay_fraction": 0}, "decay_fraction must be in"),
+        ({"warmup_tokens": 100_000}, "warmup_tokens must be in"),
+        ({"decay_at": (200_000,)}, "decay_at must lie in"),
+        ({"decay_at": (-5,)}, "decay_at must lie in"),
+    ],
+)
+def test_run_spec_names_the_broken_rule(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        RunSpec(**{**RUN, **change})
+
+
+def test_decay_branches_are_sorted_and_end_at_the_horizon() -> None:
+    spec = RunSpec(**RUN, decay_at=(50_000, 25_000, 50_000))
+    assert spec.decay_at == (25_000, 50_000, 100_000)
+    assert RunSpec(**RUN).decay_at == (100_000,)
+
+
+def test_run_spec_survives_json() -> None:
+    spec = RunSpec(**RUN, decay_at=(50_000,), shape={"d_model": 32}, options={"a": [1, 2]})
+    text = spec.to_json()
+    assert "\n" not in text
+    assert RunSpec.from_json(text) == spec
+
+
+def test_run_spec_rejects_an_unknown_key() -> None:
+    raw = {**json.loads(RunSpec(**RUN).to_json()), "learning_rate": 1}
+    with pytest.raises(SpecError, match="unknown key 'learning_rate'; allowed keys are"):
+        RunSpec.from_json(json.dumps(raw))
+
+
+def test_lr_grid_steps_in_octaves() -> None:
+    values = LrGrid(low=1e-3, high=8e-3, per_octave=2).values()
+    assert len(values) == 7
+    assert values[0] == pytest.approx(1e-3)
+    assert values[-1] == pytest.approx(8e-3)
+    assert values[2] == pytest.approx(2e-3)
+    with pytest.raises(SpecError, match=r"lr\.low \(0\.1\) must be below"):
+        LrGrid(low=0.1, high=0.1)
+
+
+def test_shapes_need_unique_names() -> None:
+    grid = LrGrid(low=1e-3, high=2e-3)
+    with pytest.raises(SpecError, match="unique name"):
+        Space(lr=grid, tokens=(1,), batch_tokens=(1,), shapes=({"name": "a"}, {"name": "a"}))
+    with pytest.raises(SpecError, match=r"space\.tokens must not be empty"):
+        Space(lr=grid, tokens=(), batch_tokens=(1,), shapes=({"name": "a"},))
+
+
+def test_recipe_reads_suffixes() -> None:
+    parsed = parse_recipe(RECIPE)
+    assert parsed.budget_flops == 1e14
+    assert parsed.space.tokens == (100_000, 200_000)
+    assert parsed.space.batch_tokens == (4096,)
+    assert parsed.run["seq_len"] == 128
+
+
+def test_recipe_document_is_the_inverse_of_parse() -> None:
+    parsed = parse_recipe(RECIPE)
+    document = json.loads(json.dumps(recipe_document(parsed)))
+    assert parse_recipe(document) == parsed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sweep__budget": 1}, r"recipe, \[sweep\]: unknown key 'budget'; allowed keys are"),
+        ({"space__sizes": []}, r"recipe, \[space\]: unknown key 'sizes'"),
+        ({"space__lr__step": 2}, r"recipe, \[space\.lr\]: unknown key 'step'"),
+        ({"run__lr": 1e-3}, r"\[run\]: unknown key 'lr'"),
+        ({"extra": {}}, "recipe: unknown key 'extra'"),
+        ({"space": None}, r"recipe: \[space\] is missing"),
+        ({"targets": []}, r"at least one \[\[targets\]\]"),
+        ({"sweep__family": None}, "family"),
+        ({"space__tokens": None}, "'tokens' is missing"),
+        ({"space__shapes": []}, r"space\.shapes must not be empty"),
+        ({"sweep__budget_flops": "lots"}, "budget_flops must be a number"),
+        ({"sweep__budget_flops": -1}, "budget_flops must be finite and > 0"),
+    ],
+)
+def test_recipe_names_the_broken_rule(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        parse_recipe(recipe(**change))
+
+
+def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"nowhere\.toml does not exist"):
+        load_recipe(tmp_path / "nowhere.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[sweep\n")
+    with pytest.raises(SpecError, match=r"broken\.toml is not valid TOML"):
+        load_recipe(broken)
+    broken.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(SpecError, match=r"broken\.toml is not valid TOML"):
+        load_recipe(broken)
+
+
+def test_every_shipped_recipe_parses(root: Path) -> None:
+    recipes = sorted((root / "runners" / "recipes").glob("*.toml"))
+    assert recipes, "no recipe ships with the runners"
+    for path in recipes:
+        assert load_recipe(path).name
