@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bayeslr.errors import DataError
-from bayeslr.runs import RunTable, make_table, read_csv_text
+from bayeslr.runs import Rows, RunTable, make_table, read_csv
 
 DENSE_HEADER = ("h", "numl", "lr", "bs", "smooth loss", "exp_name", "D", "N")
 MOE_HEADER = (*DENSE_HEADER, "Na", "nume", "topk")
@@ -35,7 +35,8 @@ _MIN_CONVERGED_EXCESS, _MIN_DIVERGED_EXCESS = 0.1, 1.0
 def read(path: str | Path, *, family: str | None = None) -> RunTable:
     """Run table of a raw Step Law CSV. Raises: DataError if the header is another."""
     path = Path(path)
-    cells, lines, _ = read_csv_text(path)
+    rows = read_csv(path)
+    cells = rows.frame
     missing = [name for name in DENSE_HEADER if name not in cells]
     if missing:
         raise DataError(
@@ -79,7 +80,7 @@ def read(path: str | Path, *, family: str | None = None) -> RunTable:
     frame.loc[diverged, "status_reason"] = (
         f"loss over {cut:.2f} nats above its slice's best at a higher LR"
     )
-    return make_table(frame, source=str(path), lines=lines)
+    return make_table(Rows(frame, rows.place, rows.lines, rows.broken))
 
 
 def diverged_rows(frame: pd.DataFrame) -> tuple[NDArray[np.bool_], float]:

@@ -1,0 +1,41 @@
+"""The run table: its columns, its rules, its files, and what it can tell.
+
+One row is one training run, or one checkpoint or decay branch of it. Rows that break a rule are set
+aside with the file, line, column, value, rule and advice; they are never dropped or mended.
+"""
+
+from bayeslr.runs.cells import QUARANTINE_COLUMNS, Rows, first_reasons
+from bayeslr.runs.columns import (
+    ALIASES,
+    COLUMN_NAMES,
+    COLUMNS,
+    REQUIRED_NAMES,
+    STATUSES,
+    Column,
+    nearest,
+)
+from bayeslr.runs.files import read_csv, write_atomically
+from bayeslr.runs.insight import describe, identifiability, lr_group
+from bayeslr.runs.table import RunTable, concat, make_table, read_runs
+
+__all__ = [
+    "ALIASES",
+    "COLUMNS",
+    "COLUMN_NAMES",
+    "QUARANTINE_COLUMNS",
+    "REQUIRED_NAMES",
+    "STATUSES",
+    "Column",
+    "Rows",
+    "RunTable",
+    "concat",
+    "describe",
+    "first_reasons",
+    "identifiability",
+    "lr_group",
+    "make_table",
+    "nearest",
+    "read_csv",
+    "read_runs",
+    "write_atomically",
+]

@@ -1,0 +1,187 @@
+"""What a run table holds, and what its runs cannot tell."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from bayeslr.runs.cells import Floats
+from bayeslr.runs.columns import SHAPE_KEYS
+from bayeslr.runs.table import RunTable
+from bayeslr.units import format_quantity
+
+
+def lr_group(lr: Floats) -> NDArray[np.int64]:
+    """Codes, from the lowest LR up, of the LRs that are one but for rounding (within 2 %).
+
+    For grouping alone: tables write one LR as 0.000345 and as 0.0003453. lr: (num_runs,).
+    """
+    values, where = np.unique(np.asarray(lr, dtype=np.float64), return_inverse=True)
+    codes = np.zeros(len(values), dtype=np.int64)
+    start, code = -math.inf, -1
+    for i, value in enumerate(values):
+        if value > 1.02 * start:
+            start, code = value, code + 1
+        codes[i] = code
+    return codes[where]
+
+
+def _with_groups(frame: pd.DataFrame) -> pd.DataFrame:
+    """The frame with integer columns shape, cell and slice; failed and lost runs left out.
+
+    A diverged run belongs to the token count that it was meant to reach.
+    """
+    told = frame[~frame["status"].isin(["failed", "lost"])].copy()
+    planned = (told["status"] == "diverged") & told["planned_tokens"].notna()
+    told["horizon"] = told["tokens"].where(~planned, told["planned_tokens"])
+    told["shape"] = told.groupby(list(SHAPE_KEYS), dropna=False, sort=False).ngroup()
+    told["cell"] = told.groupby(["shape", "horizon"], dropna=False, sort=False).ngroup()
+    told["slice"] = told.groupby(["cell", "batch_tokens"], sort=False).ngroup()
+    told["lr_code"] = lr_group(told["lr"].to_numpy(dtype=np.float64))
+    return told
+
+
+def describe(table: RunTable) -> dict[str, Any]:
+    """Counts of what is in the table, by family (JSON-safe)."""
+    grouped = _with_groups(table.frame)
+    families = []
+    for family in table.families:
+        rows = table.frame[table.frame["family"] == family]
+        told = grouped[grouped["family"] == family]
+        per_slice = told.groupby("slice")["lr_code"].nunique()
+        families.append(
+            {
+                "family": family,
+                "rows": len(rows),
+                "runs": int(rows["run_id"].nunique()),
+                "status": {s: int(n) for s, n in rows["status"].value_counts().items()},
+                "arch": sorted(set(rows["arch"])),
+                "shapes": int(told["shape"].nunique()),
+                "cells": int(told["cell"].nunique()),
+                "slices": int(told["slice"].nunique()),
+                "lrs_per_slice": _span(per_slice),
+                "n_active": _span(rows["n_active"]),
+                "n_total": _span(rows["n_total"]),
+                "tokens": _span(rows["tokens"]),
+                "batch_tokens": _span(rows["batch_tokens"]),
+                "lr": _span(rows["lr"]),
+                "loss": _span(rows["loss"]),
+                "flops": float(rows["flops"].sum()),
+            }
+        )
+    return {
+        "source": table.source,
+        "rows": len(table),
+        "param_convention": str(table.frame["param_convention"].iloc[0]),
+        "flops": float(table.frame["flops"].sum()),
+        "data_hash": table.data_hash,
+        "families": families,
+    }
+
+
+def _span(values: pd.Series[Any]) -> list[float] | None:
+    known = values.dropna()
+    return [float(known.min()), float(known.max())] if len(known) else None
+
+
+def identifiability(table: RunTable) -> list[str]:
+    """What these runs cannot tell, in sentences; whatever is named stays as the prior has it."""
+    grouped = _with_groups(table.frame)
+    several = len(table.families) > 1
+    told: list[str] = []
+    for family in table.families:
+        prefix = f"family {family}: " if several else ""
+        told += [prefix + text for text in _blind_spots(grouped[grouped["family"] == family])]
+    return told
+
+
+def _blind_spots(rows: pd.DataFrame) -> list[str]:
+    measured = rows[rows["status"].isin(["ok", "partial"]) & rows["loss"].notna()]
+    if measured.empty:
+        if (rows["status"] == "diverged").any():
+            return [
+                "all runs diverged: they bound the LR from above, and the rest is the prior's; "
+                "add runs at lower LRs"
+            ]
+        return ["no run has a loss: the fit would only repeat the prior"]
+    cells = measured.drop_duplicates(["cell", "batch_tokens"])
+    told = [*_scale_blind_spots(cells), *_lr_blind_spots(rows, measured)]
+    if not (rows["status"] == "diverged").any():
+        told.append("no run diverged: where divergence begins is the prior's")
+    return told
+
+
+def _scale_blind_spots(cells: pd.DataFrame) -> list[str]:
+    told = []
+    num_values = {c: cells[c].nunique() for c in ("n_active", "n_total", "tokens", "batch_tokens")}
+    if num_values["n_active"] == 1 and num_values["n_total"] == 1:
+        told.append(
+            f"one model size only (n_active {format_quantity(cells['n_active'].iloc[0])}): the "
+            "size exponent is the prior's"
+        )
+    if num_values["tokens"] == 1:
+        told.append(
+            f"one token count only ({format_quantity(cells['tokens'].iloc[0])}): the token "
+            "exponent is the prior's"
+        )
+    if num_values["batch_tokens"] == 1:
+        told.append(
+            f"one batch size only ({format_quantity(cells['batch_tokens'].iloc[0])} tokens): the "
+            "batch exponent is the prior's"
+        )
+    sparsity = (cells["n_active"] / cells["n_total"]).round(6)
+    if (sparsity < 1).any() and sparsity.nunique() == 1:
+        told.append(
+            f"one sparsity only (n_active / n_total = {sparsity.iloc[0]:.3g}): the sparsity "
+            "exponent is the prior's"
+        )
+    pairs = (
+        ("n_active", "tokens", "size and token count", "size and token exponents"),
+        ("tokens", "batch_tokens", "token count and batch size", "token and batch exponents"),
+        ("n_active", "batch_tokens", "size and batch size", "size and batch exponents"),
+    )
+    for first, second, words, exponents in pairs:
+        if num_values[first] > 1 and num_values[second] > 1 and len(cells) > 2:
+            correlation = float(
+                np.corrcoef(*np.log(cells[[first, second]].to_numpy(dtype=np.float64).T))[0, 1]
+            )
+            if abs(correlation) > 0.98:
+                told.append(
+                    f"{words} move together (correlation {correlation:.3f}): only a sum of the "
+                    f"{exponents} is known, how it splits is the prior's"
+                )
+    return told
+
+
+def _lr_blind_spots(rows: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
+    tried = measured.groupby("slice")["lr_code"].nunique()
+    if int(tried.max()) == 1:
+        return [
+            "one LR only in every slice: nothing is known of the best LR but the prior; try at "
+            "least 3 LRs in one slice"
+        ]
+    told = []
+    if int(tried.max()) < 3:
+        told.append(
+            "fewer than 3 LRs in every slice: the curvature of the valley is the prior's; try at "
+            "least 3 LRs in one slice"
+        )
+    best = measured.loc[measured.groupby("slice")["loss"].idxmin()].set_index("slice")["lr_code"]
+    wide = tried.index[tried >= 3]
+    if len(wide) == 0:
+        return told
+    lowest = rows.groupby("slice")["lr_code"].min()
+    highest = rows.groupby("slice")["lr_code"].max()
+    at_low = int((best.loc[wide] == lowest.loc[wide]).sum())
+    at_high = int((best.loc[wide] == highest.loc[wide]).sum())
+    for num, edge, side in ((at_low, "lowest", "lower"), (at_high, "highest", "higher")):
+        if num:
+            told.append(
+                f"in {num} of {len(wide)} slices the best LR is the {edge} that was tried: the "
+                f"optimum may lie {side}; try {side} LRs there"
+            )
+    return told

@@ -1,0 +1,153 @@
+"""The run table: accepted runs, with what was set aside and why."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from bayeslr.errors import DataError, SpecError
+from bayeslr.runs.cells import Rows, empty_quarantine, first_reasons, quarantine_of, type_columns
+from bayeslr.runs.columns import COLUMN_NAMES
+from bayeslr.runs.files import encode, json_lines, read_rows, write_atomically
+from bayeslr.runs.rules import apply_rules
+from bayeslr.units import train_flops
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """Accepted runs, with what was set aside and why.
+
+    Attributes
+    ----------
+    frame
+        Accepted rows. All columns of `COLUMNS` are there, numbers as float64 (NaN when missing),
+        text as object (None when missing); columns that bayeslr does not know follow, as they were.
+    quarantine
+        One row for each rejected one, with its first broken rule: `QUARANTINE_COLUMNS`. ``line``
+        is 1-based; in Parquet and in memory it counts rows.
+    warnings
+        What was assumed or looks odd, in sentences.
+    source
+        Where the rows came from.
+    """
+
+    frame: pd.DataFrame
+    quarantine: pd.DataFrame = field(default_factory=empty_quarantine)
+    warnings: tuple[str, ...] = ()
+    source: str = ""
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """Families in order of appearance."""
+        return tuple(str(name) for name in self.frame["family"].unique())
+
+    @cached_property
+    def data_hash(self) -> str:
+        """SHA-256 of our columns, whatever the order of the rows."""
+        lines = sorted(json_lines(self.frame[list(COLUMN_NAMES)]))
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+    def write(self, path: str | Path) -> None:
+        """Write the accepted rows as CSV, Parquet or JSON lines, by suffix, all or nothing.
+
+        Raises: SpecError on another suffix; StorageError if the disk is full or not writable, in
+        which case a file that was there before is as it was.
+        """
+        path = Path(path)
+        write_atomically(path, encode(self.frame, path))
+
+
+def read_runs(*paths: str | Path) -> RunTable:
+    """Read run tables (CSV, Parquet or JSON lines, by suffix) into one checked table.
+
+    Raises: DataError if a file cannot be read, a required column is missing, parameter conventions
+    are mixed, or no row is left.
+    """
+    if not paths:
+        raise SpecError("read_runs needs at least one path")
+    return _check([read_rows(Path(path)) for path in paths])
+
+
+def make_table(
+    data: pd.DataFrame | Iterable[Mapping[str, Any]] | Rows,
+    *,
+    source: str = "records",
+    warnings: Sequence[str] = (),
+) -> RunTable:
+    """Check rows that are in memory already, exactly as `read_runs` does.
+
+    source: what messages call the place; `Rows` name theirs themselves.
+    """
+    if isinstance(data, Rows):
+        return _check([data], warnings)
+    frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame.from_records(list(data))
+    lines = np.arange(1, len(frame) + 1)
+    return _check([Rows(frame.reset_index(drop=True), source, lines)], warnings)
+
+
+def concat(tables: Sequence[RunTable]) -> RunTable:
+    """One table of several; runs that contradict each other across them are quarantined."""
+    if not tables:
+        raise SpecError("concat needs at least one table")
+    parts = [
+        Rows(t.frame.reset_index(drop=True), t.source, np.arange(1, len(t) + 1)) for t in tables
+    ]
+    joined = _check(parts, [warning for t in tables for warning in t.warnings])
+    quarantines = [t.quarantine for t in (*tables, joined) if len(t.quarantine)]
+    if not quarantines:
+        return joined
+    quarantine = pd.concat(quarantines, ignore_index=True)
+    return RunTable(joined.frame, quarantine, joined.warnings, joined.source)
+
+
+def _check(parts: list[Rows], earlier: Sequence[str] = ()) -> RunTable:
+    """Type, check and split the rows of several places."""
+    source = ", ".join(dict.fromkeys(part.place for part in parts))
+    if not any(len(part) or part.broken for part in parts):
+        raise DataError(f"{source}: there are no rows")
+    warnings = list(earlier)
+    typed = type_columns(parts, warnings)
+    apply_rules(typed, warnings)
+    quarantine = quarantine_of(typed)
+    accepted = typed.frame.loc[~typed.rejects.hit].reset_index(drop=True)
+    if accepted.empty:
+        raise DataError(
+            f"{source}: no row is left, all {len(quarantine)} were rejected:\n"
+            f"{first_reasons(quarantine)}"
+        )
+    _derive(accepted)
+    _warn_of_odd(accepted, warnings)
+    return RunTable(accepted, quarantine, tuple(dict.fromkeys(warnings)), source)
+
+
+def _derive(frame: pd.DataFrame) -> None:
+    dense = (frame["n_active"] == frame["n_total"]).to_numpy()
+    arch = pd.Series(np.where(dense, "dense", "moe"), index=frame.index, dtype=object)
+    frame["arch"] = frame["arch"].where(frame["arch"].notna(), arch)
+    pairs = zip(frame["n_active"].tolist(), frame["tokens"].tolist(), strict=True)
+    flops = pd.Series([train_flops(n, t) for n, t in pairs], index=frame.index, dtype=np.float64)
+    frame["flops"] = frame["flops"].fillna(flops)
+
+
+def _warn_of_odd(frame: pd.DataFrame, warnings: list[str]) -> None:
+    large = frame[(frame["status"] == "ok") & (frame["n_active"] >= 1e7)]
+    if len(large) and float(large["loss"].median()) < 1.3:
+        warnings.append(
+            f"the median loss is {large['loss'].median():.3g}: usual for bits a byte, low for nats "
+            "a token. Losses must be in nats a token"
+        )
+    kinds = frame.groupby("family", sort=False)["loss_kind"].nunique()
+    warnings.extend(
+        f"family {family} mixes kinds of loss, which do not compare: give each its own family"
+        for family in kinds.index[kinds > 1]
+    )
