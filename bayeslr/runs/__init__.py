@@ -4,7 +4,7 @@ One row is one training run, or one checkpoint or decay branch of it. Rows that 
 aside with the file, line, column, value, rule and advice; they are never dropped or mended.
 """
 
-from bayeslr.runs.cells import QUARANTINE_COLUMNS, Rows, first_reasons
+from bayeslr.runs.cells import QUARANTINE_COLUMNS, Rows, first_reasons, numbers
 from bayeslr.runs.columns import (
     ALIASES,
     COLUMN_NAMES,
@@ -35,6 +35,7 @@ __all__ = [
     "lr_group",
     "make_table",
     "nearest",
+    "numbers",
     "read_csv",
     "read_runs",
     "write_atomically",

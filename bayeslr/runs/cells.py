@@ -64,6 +64,7 @@ class TypedRows:
     frame: pd.DataFrame
     rejects: Rejects
     parts: list[Rows]
+    _columns: dict[tuple[int, str], list[Any]] = field(default_factory=dict)
 
     def where(self, row: int) -> tuple[Rows, int]:
         """The part that a row came from, and its position there."""
@@ -76,9 +77,10 @@ class TypedRows:
     def cell(self, row: int, column: str) -> str:
         """A cell as the user wrote it."""
         part, position = self.where(row)
-        if column not in part.frame:
-            return ""
-        value = part.frame[column].iloc[position]
+        key = (id(part), column)
+        if key not in self._columns:
+            self._columns[key] = part.frame[column].tolist() if column in part.frame else []
+        value = self._columns[key][position] if self._columns[key] else None
         return "" if value is None or value is pd.NA else str(value)
 
 
@@ -205,22 +207,26 @@ def _extra(values: pd.Series[Any]) -> pd.Series[Any]:
 
 
 def _reject_text(typed: TypedRows, name: str, bad: Mask) -> None:
-    for row in np.flatnonzero(bad):
-        value = typed.cell(int(row), name).strip()
-        if "," in value:
-            advice = "write it without thousands separators and with a decimal point"
-        elif value[:1].isdigit() and value[-1:].upper() in tuple("KMBGT"):
-            advice = "write the number itself, such as 1300000000 for 1.3B"
-        else:
-            advice = "give the number, or leave the cell empty if it is optional"
+    advice = {row: _number_advice(typed.cell(row, name)) for row in np.flatnonzero(bad).tolist()}
+    for text in dict.fromkeys(advice.values()):
         mask = np.zeros(len(bad), dtype=bool)
-        mask[row] = True
-        typed.rejects.add(mask, name, f"{name} must be a number", advice)
+        mask[[row for row, given in advice.items() if given == text]] = True
+        typed.rejects.add(mask, name, f"{name} must be a number", text)
+
+
+def _number_advice(value: str) -> str:
+    value = value.strip()
+    if "," in value:
+        return "write it without thousands separators and with a decimal point"
+    if value[:1].isdigit() and value[-1:].upper() in tuple("KMBGT"):
+        return "write the number itself, such as 1300000000 for 1.3B"
+    return "give the number, or leave the cell empty if it is optional"
 
 
 def quarantine_of(typed: TypedRows) -> pd.DataFrame:
     """One row for each rejected one, `QUARANTINE_COLUMNS`, in order of place and line."""
     rejects = typed.rejects
+    run_ids = typed.frame["run_id"].tolist()
     entries = []
     for row in np.flatnonzero(rejects.hit).tolist():
         part, position = typed.where(row)
@@ -228,7 +234,7 @@ def quarantine_of(typed: TypedRows) -> pd.DataFrame:
             {
                 "file": part.place,
                 "line": int(part.lines[position]),
-                "run_id": typed.frame["run_id"].iloc[row],
+                "run_id": run_ids[row],
                 "column": rejects.column[row],
                 "value": typed.cell(row, rejects.column[row]),
                 "rule": rejects.rule[row],
