@@ -1,0 +1,47 @@
+"""Proxy trainer: small mixture-of-experts transformers in PyTorch, one child process a run.
+
+This door is light: nothing here imports PyTorch or NumPy.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bayeslr.errors import SpecError
+from bayeslr.specs import RunSpec
+from bayeslr.units import train_flops
+from bayeslr_runners.moe.options import Options
+from bayeslr_runners.moe.schedule import trained_tokens
+from bayeslr_runners.moe.shapes import MoeShape
+
+__all__ = ["MoeRunner"]
+
+
+class MoeRunner:
+    """Runs of the proxy trainer, as `bayeslr.runner_protocol.Runner` asks.
+
+    options: the recipe's ``[options]``. Raises: SpecError on an unknown key or a broken rule.
+    """
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = Options.from_mapping(options)
+
+    def counts(self, shape: Mapping[str, Any]) -> tuple[int, int]:
+        """Active and total non-embedding parameters of a shape, by arithmetic."""
+        return MoeShape.from_mapping(shape).counts(qk_norm=self.options.model.qk_norm)
+
+    def flops(self, spec: RunSpec) -> float:
+        """FLOPs of the trunk and of every decay branch."""
+        return train_flops(spec.n_active, trained_tokens(spec))
+
+    def command(self, spec: RunSpec, run_dir: Path) -> list[str]:
+        """Command line of the child process."""
+        if spec.param_convention != "non_embedding":
+            raise SpecError(
+                f"run {spec.run_id}: the proxy trainer counts non_embedding parameters, got "
+                f"param_convention {spec.param_convention!r}"
+            )
+        return [sys.executable, "-m", "bayeslr_runners.moe", str(run_dir)]

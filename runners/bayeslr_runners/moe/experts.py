@@ -1,0 +1,166 @@
+"""Token-choice routing and grouped expert matmuls, dropless and without a loop over tokens.
+
+Shape suffixes: T tokens, K chosen experts a token, A = T x K assignments sorted by expert,
+E experts, D model width, F expert width (2F: gate and up side by side).
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """Assignments of one layer. ``order`` sorts the T x K choices by expert, ``inverse`` undoes it.
+
+    ``sizes`` are the assignments of each expert, in order.
+    """
+
+    gate_TK: Tensor
+    load_E: Tensor
+    order_A: Tensor
+    inverse_A: Tensor
+    sizes: list[int]
+
+
+def gates_and_scores(logits_TE: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """Gate of every expert before selection, and the same normalised over experts."""
+    if kind.startswith("sigmoid"):
+        gate_TE = torch.sigmoid(logits_TE)
+        return gate_TE, gate_TE / gate_TE.sum(-1, keepdim=True)
+    gate_TE = torch.softmax(logits_TE, dim=-1)
+    return gate_TE, gate_TE
+
+
+def route(gate_TE: Tensor, top_k: int, *, bias_E: Tensor | None, normalise: bool) -> Routing:
+    """Choose ``top_k`` experts a token; ``bias_E`` takes part in the choice, never in the gate."""
+    num_experts = gate_TE.shape[-1]
+    choice_TE = gate_TE if bias_E is None else gate_TE + bias_E
+    expert_TK = choice_TE.detach().topk(top_k, dim=-1).indices
+    gate_TK = gate_TE.gather(-1, expert_TK)
+    if normalise:
+        gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+    flat_A = expert_TK.reshape(-1)
+    order_A = flat_A.argsort(stable=True)
+    inverse_A = torch.empty_like(order_A)
+    inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    load_E = torch.bincount(flat_A, minlength=num_experts)
+    return Routing(gate_TK, load_E, order_A, inverse_A, load_E.tolist())
+
+
+def load_balance_loss(score_TE: Tensor, load_E: Tensor) -> Tensor:
+    """E x sum over experts of (share of assignments) x (mean score), of ONE layer.
+
+    Exactly 1 at uniform routing. Averaging loads over layers first would hide experts that are
+    idle in one layer and busy in another. Source: Fedus et al. 2021, eq. 4.
+    """
+    share_E = load_E.to(score_TE.dtype) / load_E.sum()
+    return score_TE.shape[-1] * torch.dot(share_E, score_TE.mean(dim=0))
+
+
+def router_z_loss(logits_TE: Tensor) -> Tensor:
+    """Mean squared log-sum-exp of the router logits. Source: Zoph et al. 2022, eq. 5."""
+    return torch.logsumexp(logits_TE, dim=-1).square().mean()
+
+
+def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Tensor) -> Tensor:
+    """Gated sum over each token's experts of SwiGLU(x)."""
+    num_tokens, top_k = routing.gate_TK.shape
+    x_AD = apply(_Dispatch, x_TD, routing.order_A, routing.inverse_A, top_k)
+    hidden_AF = swiglu(grouped_matmul(x_AD, up_ED2F, routing))
+    y_AD = grouped_matmul(hidden_AF, down_EFD, routing)
+    y_AD = apply(_Permute, y_AD, routing.inverse_A, routing.order_A)
+    y_TKD = y_AD.view(num_tokens, top_k, -1)
+    gate_T1K = routing.gate_TK.to(y_TKD.dtype).unsqueeze(1)
+    return torch.bmm(gate_T1K, y_TKD).squeeze(1)
+
+
+def swiglu(gate_and_up: Tensor) -> Tensor:
+    """silu(gate) x up of the two halves of the last axis."""
+    gate, up = gate_and_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def grouped_matmul(x_AD: Tensor, weight_EDF: Tensor, routing: Routing) -> Tensor:
+    """Each expert's rows of ``x_AD`` times that expert's matrix."""
+    if x_AD.is_cuda and hasattr(F, "grouped_mm"):
+        offsets_E = routing.load_E.cumsum(0).to(torch.int32)
+        x_AD, weight_EDF = x_AD.bfloat16(), weight_EDF.bfloat16()
+        out: Tensor = F.grouped_mm(x_AD, weight_EDF, offs=offsets_E)
+    else:
+        out = apply(_GroupedMatmul, x_AD, weight_EDF, routing.sizes)
+    return out
+
+
+def apply(function: type[torch.autograd.Function], *arguments: object) -> Tensor:
+    """Typed ``Function.apply``, for functions of one output."""
+    out: Tensor = function.apply(*arguments)  # type: ignore[no-untyped-call]
+    return out
+
+
+class _GroupedMatmul(torch.autograd.Function):
+    """One matmul an expert, into one output: autograd's own would copy and zero E times."""
+
+    @staticmethod
+    def forward(ctx: Any, x_AD: Tensor, weight_EDF: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x_AD, weight_EDF)
+        ctx.sizes = sizes
+        out_AF = x_AD.new_empty(x_AD.shape[0], weight_EDF.shape[2])
+        for x, weight, out in zip(
+            torch.split(x_AD, sizes), weight_EDF.unbind(), torch.split(out_AF, sizes), strict=True
+        ):
+            torch.mm(x, weight, out=out)
+        return out_AF
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad_AF,) = grads
+        x_AD, weight_EDF = ctx.saved_tensors
+        grad_AF = grad_AF.contiguous()
+        grad_x_AD, grad_weight_EDF = torch.empty_like(x_AD), torch.empty_like(weight_EDF)
+        for x, grad, weight, grad_x, grad_weight in zip(
+            torch.split(x_AD, ctx.sizes),
+            torch.split(grad_AF, ctx.sizes),
+            weight_EDF.unbind(),
+            torch.split(grad_x_AD, ctx.sizes),
+            grad_weight_EDF.unbind(),
+            strict=True,
+        ):
+            torch.mm(x.t(), grad, out=grad_weight)
+            torch.mm(grad, weight.t(), out=grad_x)
+        return grad_x_AD, grad_weight_EDF, None
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy each token to its K assignments; the gradient is a gather, so it is deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, order_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(inverse_A)
+        ctx.top_k = top_k
+        return x_TD.index_select(0, order_A // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (grad_AD,) = grads
+        (inverse_A,) = ctx.saved_tensors
+        grad_TKD = grad_AD.index_select(0, inverse_A).view(-1, ctx.top_k, grad_AD.shape[1])
+        return grad_TKD.sum(1), None, None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Reorder rows; the gradient is the inverse permutation."""
+
+    @staticmethod
+    def forward(ctx: Any, y_AD: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse_A)
+        return y_AD.index_select(0, order_A)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (grad_AD,) = grads
+        (inverse_A,) = ctx.saved_tensors
+        return grad_AD.index_select(0, inverse_A), None, None

@@ -1,0 +1,237 @@
+"""A mixture-of-experts transformer decoder.
+
+Shape suffixes: B sequences, S positions, T = B x S tokens, D model width, H heads, C head width,
+E experts, K chosen experts a token, F expert width, V vocabulary, L layers.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bayeslr_runners.moe.experts import (
+    gates_and_scores,
+    load_balance_loss,
+    route,
+    router_z_loss,
+    swiglu,
+    swiglu_experts,
+)
+from bayeslr_runners.moe.optim import group_of
+from bayeslr_runners.moe.options import ModelOptions
+from bayeslr_runners.moe.parametrization import Parametrization
+from bayeslr_runners.moe.shapes import MoeShape
+
+# Parameter-name patterns of MoeTransformer by module group, first match wins.
+NAMING = {
+    "embedding.weight": "embedding",
+    "head.weight": "head",
+    "*norm*": "norm",
+    "*attention.*": "attention",
+    "*router.weight": "router",
+    "*up": "expert_up",
+    "*down": "expert_down",
+}
+
+
+class LayerStats(NamedTuple):
+    """Router losses and load of one layer; scalars but for ``load_E``."""
+
+    balance_loss: Tensor
+    z_loss: Tensor
+    load_E: Tensor
+    entropy: Tensor
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square normalisation over the last axis, with a gain."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Shape kept."""
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with rotary positions and, if asked, normalised queries and keys."""
+
+    def __init__(self, shape: MoeShape, rules: Parametrization, options: ModelOptions) -> None:
+        super().__init__()
+        d = shape.d_model
+        self.num_heads = shape.n_heads
+        self.scale = rules.attention_scale
+        self.rope_theta = options.rope_theta
+        self.qkv = nn.Parameter(torch.empty(3 * d, d))
+        self.out = nn.Parameter(torch.empty(d, d))
+        self.q_norm = RMSNorm(shape.d_head) if options.qk_norm else None
+        self.k_norm = RMSNorm(shape.d_head) if options.qk_norm else None
+
+    def queries_keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each (B, H, S, C)."""
+        num_sequences, seq_len, width = x_BSD.shape
+        qkv = F.linear(x_BSD, self.qkv).view(num_sequences, seq_len, 3, self.num_heads, -1)
+        q_BSHC, k_BSHC, v_BSHC = qkv.unbind(2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BSHC, k_BSHC = self.q_norm(q_BSHC), self.k_norm(k_BSHC)
+        angles = rotary_angles(seq_len, width // self.num_heads, self.rope_theta, x_BSD.device)
+        q_BSHC, k_BSHC = rotate(q_BSHC, angles), rotate(k_BSHC, angles)
+        return q_BSHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Shape kept."""
+        q, k, v = self.queries_keys_values(x_BSD)
+        y_BHSC = F.scaled_dot_product_attention(
+            q, k.to(q.dtype), v.to(q.dtype), is_causal=True, scale=self.scale
+        )
+        return F.linear(y_BHSC.transpose(1, 2).reshape(x_BSD.shape), self.out)
+
+
+class MoeLayer(nn.Module):
+    """Routed SwiGLU experts, plus shared ones that every token passes through."""
+
+    def __init__(self, shape: MoeShape, rules: Parametrization, options: ModelOptions) -> None:
+        super().__init__()
+        d, hidden, num_experts = shape.d_model, shape.d_expert, shape.n_experts
+        self.top_k = shape.top_k
+        self.gates = options.gates or rules.gates
+        self.route_scale = rules.route_scale
+        self.router_output = rules.groups["router"].output
+        self.router = nn.Linear(d, num_experts, bias=False) if shape.has_router else None
+        self.experts_up = nn.Parameter(torch.empty(num_experts, d, 2 * hidden))
+        self.experts_down = nn.Parameter(torch.empty(num_experts, hidden, d))
+        # Shared experts side by side are one wider expert.
+        width = shape.n_shared_experts * hidden
+        self.shared_up = nn.Parameter(torch.empty(d, 2 * width)) if width else None
+        self.shared_down = nn.Parameter(torch.empty(width, d)) if width else None
+        balanced = options.bias_rate > 0 and shape.has_router
+        self.register_buffer("selection_bias", torch.zeros(num_experts) if balanced else None)
+        self.selection_bias: Tensor | None
+
+    def forward(self, x_TD: Tensor) -> tuple[Tensor, LayerStats | None]:
+        """Output of the same shape, and what the router did (None without a router)."""
+        if self.router is None:
+            out_TD = swiglu(x_TD @ self.experts_up[0]) @ self.experts_down[0]
+            stats = None
+        else:
+            out_TD, stats = self._routed(x_TD, self.router.weight)
+        if self.route_scale != 1.0:
+            out_TD = out_TD * self.route_scale
+        if self.shared_up is not None and self.shared_down is not None:
+            out_TD = out_TD + swiglu(x_TD @ self.shared_up) @ self.shared_down
+        return out_TD, stats
+
+    def _routed(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, LayerStats]:
+        # Rounding of router logits changes which experts are chosen: float32, whatever the rest is.
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = F.linear(x_TD.float(), router_ED.float())
+            if self.router_output != 1.0:
+                logits_TE = logits_TE * self.router_output
+            gate_TE, score_TE = gates_and_scores(logits_TE, self.gates)
+            routing = route(
+                gate_TE,
+                self.top_k,
+                bias_E=self.selection_bias,
+                normalise=self.gates.endswith("_topk"),
+            )
+            with torch.no_grad():
+                entropy = -torch.xlogy(score_TE, score_TE).sum(-1).mean()
+            stats = LayerStats(
+                load_balance_loss(score_TE, routing.load_E),
+                router_z_loss(logits_TE),
+                routing.load_E,
+                entropy,
+            )
+        return swiglu_experts(x_TD, routing, self.experts_up, self.experts_down), stats
+
+
+class Block(nn.Module):
+    """Attention, then experts, each on the normalised residual stream."""
+
+    def __init__(self, shape: MoeShape, rules: Parametrization, options: ModelOptions) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(shape.d_model)
+        self.attention = Attention(shape, rules, options)
+        self.moe_norm = RMSNorm(shape.d_model)
+        self.moe = MoeLayer(shape, rules, options)
+        self.attention_output = rules.groups["attention"].output
+        self.moe_output = rules.groups["expert_down"].output
+
+    def forward(self, x_BSD: Tensor) -> tuple[Tensor, LayerStats | None]:
+        """Output of the same shape, and what the router did."""
+        x_BSD = torch.add(
+            x_BSD, self.attention(self.attention_norm(x_BSD)), alpha=self.attention_output
+        )
+        y_TD, stats = self.moe(self.moe_norm(x_BSD).flatten(0, 1))
+        return torch.add(x_BSD, y_TD.view_as(x_BSD), alpha=self.moe_output), stats
+
+
+class MoeTransformer(nn.Module):
+    """Decoder over token ids; embedding and head are not tied."""
+
+    def __init__(
+        self,
+        shape: MoeShape,
+        rules: Parametrization,
+        options: ModelOptions,
+        *,
+        vocab_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        # Built without storage, filled from our own generator: the global one is left alone.
+        with torch.device("meta"):
+            self.embedding = nn.Embedding(vocab_size, shape.d_model)
+            self.blocks = nn.ModuleList(Block(shape, rules, options) for _ in range(shape.n_layers))
+            self.norm = RMSNorm(shape.d_model)
+            self.head = nn.Linear(shape.d_model, vocab_size, bias=False)
+        self.to_empty(device="cpu")
+        self.embedding_output = rules.groups["embedding"].output
+        self.head_output = rules.groups["head"].output
+        self._initialise(rules, seed)
+
+    @torch.no_grad()
+    def _initialise(self, rules: Parametrization, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            group = group_of(name, NAMING)
+            if group == "norm":
+                parameter.fill_(1.0)
+            else:
+                std = rules.groups[group].init_std
+                parameter.normal_(0.0, std, generator=generator)
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def forward(self, token_BS: Tensor) -> tuple[Tensor, list[LayerStats]]:
+        """Logits (B, S, V), and what each router did."""
+        x_BSD = self.embedding(token_BS)
+        if self.embedding_output != 1.0:
+            x_BSD = x_BSD * self.embedding_output
+        stats = []
+        for block in self.blocks:
+            x_BSD, layer_stats = block(x_BSD)
+            if layer_stats is not None:
+                stats.append(layer_stats)
+        logits_BSV = self.head(self.norm(x_BSD))
+        if self.head_output != 1.0:
+            logits_BSV = logits_BSV * self.head_output
+        return logits_BSV, stats
+
+
+def rotary_angles(seq_len: int, d_head: int, theta: float, device: torch.device) -> Tensor:
+    """Unit complex numbers (S, 1, C/2) that turn a pair of columns by its position."""
+    frequency = theta ** -(torch.arange(0, d_head, 2, device=device).float() / d_head)
+    angle = torch.outer(torch.arange(seq_len, device=device).float(), frequency)
+    return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
+
+
+def rotate(x_BSHC: Tensor, angles: Tensor) -> Tensor:
+    """Turn neighbouring columns by their position's angle."""
+    pairs = torch.view_as_complex(x_BSHC.float().reshape(*x_BSHC.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * angles).flatten(-2)

@@ -1,0 +1,47 @@
+"""The spec in a run's folder, read and checked before PyTorch is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from bayeslr.errors import SpecError
+from bayeslr.runner_protocol import SPEC_FILE
+from bayeslr.specs import RunSpec
+from bayeslr_runners.moe.options import Options
+from bayeslr_runners.moe.schedule import horizons
+from bayeslr_runners.moe.shapes import MoeShape
+
+
+def read_spec(run_dir: Path) -> RunSpec:
+    """The spec of a run's folder, checked against the trainer's own rules.
+
+    Raises: SpecError if it is missing or breaks a rule.
+    """
+    path = run_dir / SPEC_FILE
+    try:
+        spec = RunSpec.from_json(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise SpecError(f"{path} does not exist; a run's folder holds its spec") from error
+    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not a run spec: {error}") from error
+    check_spec(spec)
+    return spec
+
+
+def check_spec(spec: RunSpec) -> None:
+    """Raise SpecError for whatever can be known to be wrong before any data are read."""
+    shape = MoeShape.from_mapping(spec.shape)
+    options = Options.from_mapping(spec.options)
+    horizons(spec)
+    if spec.optimizer != "adamw":
+        raise SpecError(f"run {spec.run_id}: optimizer must be 'adamw', got {spec.optimizer!r}")
+    if spec.seed < 0:
+        raise SpecError(f"run {spec.run_id}: seed must be >= 0, got {spec.seed}")
+    if spec.param_convention == "non_embedding":
+        counts = shape.counts(qk_norm=options.model.qk_norm)
+        if counts != (spec.n_active, spec.n_total):
+            raise SpecError(
+                f"run {spec.run_id}: n_active and n_total are {spec.n_active} and {spec.n_total}, "
+                f"but the shape has {counts[0]} and {counts[1]} non-embedding parameters"
+            )
