@@ -9,11 +9,12 @@ records say all there is to say, divergence included; any other means that the r
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from bayeslr.errors import SpecError
 from bayeslr.specs import Recipe, RunSpec
@@ -38,12 +39,23 @@ class Runner(Protocol):
         ...
 
 
+@runtime_checkable
+class RecordedRunner(Runner, Protocol):
+    """A runner that knows the records already; no child process is started."""
+
+    def records(self, spec: RunSpec) -> list[dict[str, Any]]:
+        """Rows of the run, as the child would append them."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One run as the study knows it.
 
-    state: ``waiting``, ``running``, or the run's final status (``ok``, ``diverged``, ``failed``,
-    ``lost``, ``pruned``). ``flops`` is what was reserved; after the end, what was spent.
+    state: ``running``, or the run's final status (``ok``, ``diverged``, ``failed``, ``lost``,
+    ``pruned``). ``flops`` is what was reserved; after the end, what was spent. ``void`` trials
+    were refused (budget, or another worker had asked for the same run): nothing was trained.
+    ``lease_s`` is the age of the owner's last sign of life, in seconds.
     """
 
     number: int
@@ -52,37 +64,91 @@ class Trial:
     flops: float
     reason: str = ""
     owner: str = ""
+    alive: bool = False
+    lease_s: float | None = None
+    void: bool = False
     records: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
     @property
     def finished(self) -> bool:
         """Whether the run has ended, in whatever way."""
-        return self.state not in ("waiting", "running")
+        return self.state != "running"
+
+    @property
+    def status_reason(self) -> str:
+        """Why the run ended as it did, in the words of its last record."""
+        return str((self.records[-1].get("status_reason") or "") if self.records else "")
 
 
 class Study(Protocol):
     """The state of a sweep: who asked for what, and what came of it. Survives any process."""
+
+    def recipe(self) -> Recipe:
+        """The recipe that every worker of the sweep follows."""
+        ...
+
+    def set_recipe(self, recipe: Recipe) -> None:
+        """Replace the recipe (a larger budget, more runs)."""
+        ...
 
     def trials(self) -> list[Trial]:
         """Every trial in order of its number."""
         ...
 
     def ask(self, spec: RunSpec, *, flops: float, reason: str) -> Trial | None:
-        """Reserve the FLOPs and claim a new trial; None if the global budget does not allow it."""
+        """Reserve the FLOPs and claim a new trial; None if the budget or a twin forbids it."""
         ...
 
     def adopt(self, number: int) -> bool:
         """Take over a running trial whose owner is dead; False if it is alive or taken."""
         ...
 
-    def beat(self, number: int) -> None:
-        """Renew the lease on a trial of ours."""
+    def beat(self, number: int) -> bool:
+        """Renew the lease on a trial of ours; False if somebody else has ended it meanwhile."""
         ...
 
-    def tell(self, number: int, *, state: str, flops: float,
-             records: Sequence[Mapping[str, Any]]) -> None:  # fmt: skip
-        """End a trial with its final status, the FLOPs spent and its rows of the run table."""
+    def release(self, number: int) -> None:
+        """Give up a trial of ours unfinished, so that it can be adopted at once."""
         ...
+
+    def report(self, number: int, *, tokens: int, loss: float) -> None:
+        """Intermediate loss of a running trial; tokens increase strictly."""
+        ...
+
+    def tell(
+        self, number: int, *, state: str, flops: float, records: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """End a trial with its final status, the FLOPs spent and its rows of the run table.
+
+        A second end of the same trial (an owner given up for dead that was alive) is ignored.
+        """
+        ...
+
+    def claim(self, task: str) -> bool:
+        """Whether a one-off task, such as planning a batch, is ours: one live owner at a time."""
+        ...
+
+    def note(self, key: str) -> Any:
+        """A JSON value kept with the study; None if there is none."""
+        ...
+
+    def set_note(self, key: str, value: Any) -> None:
+        """Keep a JSON value with the study."""
+        ...
+
+    def close(self) -> None:
+        """Release what is held; trials of ours that still run become adoptable."""
+        ...
+
+
+def spec_row(spec: RunSpec) -> dict[str, Any]:
+    """Columns of the run table that a spec determines; a record need not repeat them."""
+    row = dataclasses.asdict(spec)
+    shape = row.pop("shape")
+    for name in ("runner", "options", "decay_at"):
+        del row[name]
+    row |= {k: shape[k] for k in ("d_model", "n_layers", "n_experts", "top_k") if k in shape}
+    return {**row, "planned_tokens": spec.tokens}
 
 
 def find_entry_point(group: str, name: str) -> Any:
@@ -93,7 +159,7 @@ def find_entry_point(group: str, name: str) -> Any:
     found = {point.name: point for point in entry_points(group=group)}
     if name not in found:
         raise SpecError(
-            f"no {group.rpartition('.')[2].rstrip('s')} named {name!r}; installed: "
+            f"nothing named {name!r} among the entry points {group}; installed: "
             f"{', '.join(sorted(found)) or 'none'}"
         )
     try:

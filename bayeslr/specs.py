@@ -17,6 +17,7 @@ from bayeslr.units import parse_count, parse_quantity, train_flops
 PARAM_CONVENTIONS = ("non_embedding", "total")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 WEIGHT_DECAY_KINDS = ("coupled", "independent")
+STRATEGIES = ("bayes", "random")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -152,6 +153,14 @@ class RunSpec:
         )
         object.__setattr__(self, "decay_at", branches)
 
+    @property
+    def trained_tokens(self) -> float:
+        """Tokens that are paid for: the stable trunk and, under WSD, every decay branch."""
+        if self.schedule != "wsd":
+            return float(self.tokens)
+        trunk = (1 - self.decay_fraction) * self.tokens
+        return trunk + self.decay_fraction * sum(self.decay_at)
+
     def to_json(self) -> str:
         """One line of JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
@@ -211,7 +220,9 @@ class Recipe:
     ``run`` holds the fields that every `RunSpec` of the sweep shares (seq_len, schedule,
     weight_decay, ...), ``options`` what the runner alone understands. ``targets`` whose ``shape``
     key names widths get their counts from the runner. ``validate_target`` trains the first target
-    at the recommended LR and at its half and double once the sweep has ended.
+    at the recommended LR and at its half and double once the sweep has ended. ``strategy`` is
+    ``bayes`` (the posterior chooses the runs) or ``random`` (a baseline, which refits at the end
+    alone).
     """
 
     name: str
@@ -227,12 +238,18 @@ class Recipe:
     max_runs: int | None = None
     start_runs: int = 6
     validate_target: bool = False
+    strategy: str = "bayes"
     run: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _positive(self, "budget_flops", "workers", "batch_runs", "max_runs", "start_runs")
         _require(len(self.targets) > 0, f"recipe {self.name}: at least one [[targets]] is needed")
+        _require(
+            self.strategy in STRATEGIES,
+            f"recipe {self.name}: strategy must be one of {', '.join(STRATEGIES)}, "
+            f"got {self.strategy!r}",
+        )
         _check_keys(
             self.run,
             [n for n in _field_names(RunSpec) if n not in _SET_BY_SWEEP],

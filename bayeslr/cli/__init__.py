@@ -12,7 +12,7 @@ import typer
 from bayeslr.cli.data import check, import_app
 from bayeslr.cli.model import calibrate, fit, plan, predict, report
 from bayeslr.cli.priors import priors_app
-from bayeslr.cli.sweeps import compare, quickstart, replay, status, sweep, worker
+from bayeslr.cli.sweeps import quickstart, status, sweep, worker
 from bayeslr.errors import BayeslrError
 
 app = typer.Typer(
@@ -33,8 +33,6 @@ app.command()(sweep)
 app.command()(worker)
 app.command()(status)
 app.command()(report)
-app.command()(replay)
-app.command()(compare)
 app.command()(calibrate)
 app.add_typer(priors_app, name="priors")
 

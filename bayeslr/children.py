@@ -1,0 +1,231 @@
+"""One run as a child process: start it, read what it records, judge how it ended."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, final
+
+from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE, spec_row
+from bayeslr.specs import RunSpec
+
+LAUNCHER = Path(__file__).with_name("launch.py")
+STDERR_FILE = "stderr.log"
+STDOUT_FILE = "stdout.log"
+LOCK_FILE = "lock"
+
+MAX_PARTIAL_ROWS = 40
+"""Checkpoint rows of one run that the study keeps, evenly spread; the run's folder keeps all."""
+
+STOP_SECONDS = 10.0
+"""How long a child may take to write its checkpoint after SIGTERM."""
+
+_PREEMPTED = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Verdict:
+    """How a run ended: its status, why, its rows of the run table, the share it got through."""
+
+    state: str
+    reason: str
+    rows: tuple[Mapping[str, Any], ...]
+    share: float
+
+
+@final
+class Child:
+    """A running child process and the part of its records that was read."""
+
+    def __init__(self, spec: RunSpec, run_dir: Path, command: Sequence[str]) -> None:
+        self.spec = spec
+        self.run_dir = run_dir
+        self.started = time.monotonic()
+        self._read = 0
+        run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = run_dir / f".{SPEC_FILE}.tmp"
+        temporary.write_text(spec.to_json() + "\n", encoding="utf-8")
+        temporary.replace(run_dir / SPEC_FILE)
+        self._oom_kills = _oom_kills()
+        stderr_path = run_dir / STDERR_FILE
+        self._stderr_start = stderr_path.stat().st_size if stderr_path.exists() else 0
+        launch = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid())]
+        with (
+            stderr_path.open("ab") as stderr,
+            (run_dir / STDOUT_FILE).open("ab") as stdout,
+        ):
+            # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children.
+            self._process = subprocess.Popen(
+                [*launch, str(run_dir / LOCK_FILE), str(run_dir / RECORDS_FILE), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=stdout,
+                stderr=stderr,
+                start_new_session=True,
+            )
+
+    @property
+    def wall_s(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.started
+
+    @property
+    def running(self) -> bool:
+        """Whether the process is still there."""
+        return self._process.poll() is None
+
+    def new_rows(self) -> list[dict[str, Any]]:
+        """Records that were completed since the last call."""
+        path = self.run_dir / RECORDS_FILE
+        if not path.exists():
+            return []
+        with path.open("rb") as file:
+            file.seek(self._read)
+            content = file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        self._read += len(whole)
+        return parse_rows(self.spec, whole)[0]
+
+    def verdict(self) -> Verdict:
+        """How the ended process left the run."""
+        code = self._process.returncode
+        reason = ""
+        preempted = False
+        if code < 0:
+            name = signal.Signals(-code).name
+            before, after = self._oom_kills, _oom_kills()
+            oom = -code == signal.SIGKILL and before is not None and (after or 0) > before
+            preempted = -code in _PREEMPTED and not oom
+            reason = f"killed by {name}" + (": out of memory" if oom else "")
+        elif code > 0:
+            reason = f"exit status {code}: {self._stderr_tail()}"
+        return judge(self.spec, self.run_dir, failure=reason, preempted=preempted)
+
+    def stop(self) -> None:
+        """End the child and what it started: SIGTERM, then SIGKILL."""
+        for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+                return
+
+    def _stderr_tail(self) -> str:
+        with (self.run_dir / STDERR_FILE).open("rb") as file:
+            file.seek(self._stderr_start)
+            text = file.read().decode("utf-8", errors="replace")
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        return " | ".join(lines[-5:])[-600:] or f"nothing on stderr ({self.run_dir / STDERR_FILE})"
+
+
+def parse_rows(spec: RunSpec, content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """Rows of the run table from the child's JSON lines, and how many lines were no record.
+
+    A record needs ``tokens`` and ``loss``; the spec fills in what it leaves out. A loss that is
+    missing, null or not finite means divergence.
+    """
+    rows: list[dict[str, Any]] = []
+    unreadable = 0
+    common = spec_row(spec)
+    for line in content.splitlines():
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            tokens = float(record["tokens"])
+            loss = record.get("loss")
+            loss = float(loss) if loss is not None else math.nan
+        except (ValueError, TypeError, KeyError, AttributeError):
+            unreadable += 1
+            continue
+        finite = math.isfinite(loss)
+        status = record.get("status") or _implied_status(spec, tokens, finite)
+        planned = {"planned_tokens": tokens} if status == "ok" else {}
+        measured = {"tokens": tokens, "loss": loss if finite else None, "status": status}
+        rows.append({**common, **planned, **record, **measured})
+    return rows, unreadable
+
+
+def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = False) -> Verdict:
+    """Verdict from the records of a run whose child has ended (or was never started).
+
+    Parameters
+    ----------
+    failure
+        How the process broke, if it did; records that are complete outweigh it.
+    preempted
+        Whether it was ended from outside, which says nothing about the run.
+    """
+    path = run_dir / RECORDS_FILE
+    rows, unreadable = parse_rows(spec, path.read_bytes() if path.exists() else b"")
+    # A resumed child repeats its last checkpoint: the later row stands.
+    rows = list({(r["run_id"], r["tokens"], r["status"]): r for r in rows}.values())
+    rows.sort(key=lambda r: (r["tokens"], r["status"]))
+    share = min(1.0, max((r["tokens"] for r in rows), default=0.0) / spec.tokens)
+    if diverged := [r for r in rows if r["status"] == "diverged"]:
+        return Verdict(
+            state="diverged",
+            reason=str(diverged[-1].get("status_reason") or "loss is not finite"),
+            rows=_thinned(rows),
+            share=share,
+        )
+    missing = [t for t in spec.decay_at if not _measured(spec, rows, t)]
+    if not missing:
+        return Verdict(state="ok", reason="", rows=_thinned(rows), share=1.0)
+    if not failure:
+        failure = f"exit status 0, but {RECORDS_FILE} has no final record at {missing[0]} tokens"
+        if unreadable:
+            failure += f" ({unreadable} of its lines are not records with tokens and loss)"
+    state = "lost" if preempted else "failed"
+    end = {**spec_row(spec), "tokens": max(1.0, share * spec.tokens), "loss": None}
+    end |= {"status": state, "status_reason": failure}
+    return Verdict(state=state, reason=failure, rows=(*_thinned(rows), end), share=share)
+
+
+def complete(spec: RunSpec, run_dir: Path) -> bool:
+    """Whether the records say all there is to say: a killed sweep had not told its study yet."""
+    return judge(spec, run_dir).state in ("ok", "diverged")
+
+
+def write_rows(run_dir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Records of a run that needed no child."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(dict(row)) + "\n" for row in rows)
+    (run_dir / RECORDS_FILE).write_text(text, encoding="utf-8")
+
+
+def _implied_status(spec: RunSpec, tokens: float, finite: bool) -> str:
+    if not finite:
+        return "diverged"
+    at_end = any(abs(tokens - t) <= spec.batch_tokens for t in spec.decay_at)
+    return "ok" if at_end else "partial"
+
+
+def _measured(spec: RunSpec, rows: Sequence[Mapping[str, Any]], tokens: int) -> bool:
+    # Trainers count whole batches: one batch more or less is the same horizon.
+    return any(r["status"] == "ok" and abs(r["tokens"] - tokens) <= spec.batch_tokens for r in rows)
+
+
+def _thinned(rows: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    partial = [r for r in rows if r["status"] == "partial"]
+    step = max(1, math.ceil(len(partial) / MAX_PARTIAL_ROWS))
+    kept = {id(r) for r in partial[::-1][::step]}
+    return tuple(r for r in rows if r["status"] != "partial" or id(r) in kept)
+
+
+def _oom_kills() -> int | None:
+    """Processes that the kernel killed for memory in our control group; None if unknown."""
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/sys/fs/cgroup/memory.events").read_text(encoding="ascii").splitlines():
+            name, _, count = line.partition(" ")
+            if name == "oom_kill":
+                return int(count)
+    return None

@@ -1,0 +1,185 @@
+"""Verbs that train: quickstart, sweep, worker, status."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from bayeslr.loop import SweepResult
+
+Out = Annotated[Path, typer.Option("--out", help="Folder of the sweep; resumes what is in it.")]
+Storage = Annotated[
+    str | None,
+    typer.Option(help="Optuna storage URL, such as postgresql+psycopg://user@host/db."),
+]
+Seed = Annotated[int | None, typer.Option(help="Instead of the recipe's seed.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Ask again for failed and lost runs.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def quickstart(out: Out = Path("quickstart-out"), seed: Seed = None) -> None:
+    """Train real proxies on this machine, predict a larger one's LR, and check it by training."""
+    from bayeslr.loop import sweep as run_sweep
+
+    _stop_on_sigterm()
+    result = run_sweep("quickstart", out, seed=seed, progress=Lines())
+    _print_summary(result)
+    _echo(
+        "",
+        "The same with runs of your own:",
+        "  bayeslr check my_runs.csv",
+        "  bayeslr fit my_runs.csv -o fit",
+        "  bayeslr predict fit --n-active 1.3B --n-total 12B --tokens 500B --batch-tokens 4M",
+        "and with a trainer of your own (edit argv and the space first):",
+        f"  cp {_shipped('command')} my_sweep.toml",
+        "  bayeslr sweep my_sweep.toml --out my-sweep",
+    )
+
+
+def sweep(
+    recipe: Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder of the sweep [default: RECIPE-out].")
+    ] = None,
+    storage: Storage = None,
+    seed: Seed = None,
+    retry: Retry = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the space, its cost and the first runs.")
+    ] = False,
+) -> None:
+    """The closed loop: ask, train, tell, refit, stop. Resumes where it was killed."""
+    from bayeslr.loop import describe, open_recipe
+    from bayeslr.loop import sweep as run_sweep
+
+    opened = open_recipe(recipe)
+    if dry_run:
+        _print_description(describe(opened))
+        return
+    _stop_on_sigterm()
+    folder = Path(f"{opened.name}-out") if out is None else out
+    result = run_sweep(opened, folder, storage=storage, seed=seed, retry=retry, progress=Lines())
+    _print_summary(result)
+
+
+def worker(
+    storage: Annotated[str, typer.Option(help="Optuna storage URL, or the folder of a sweep.")],
+    study: Annotated[str, typer.Option(help="Study name: the recipe's name.")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for run folders; the sweep's own where it is shared."),
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+) -> None:
+    """One more worker for a sweep, on any machine that reaches its storage."""
+    from bayeslr.loop import work
+
+    _stop_on_sigterm()
+    if out is None:
+        out = Path(f"{study}-worker") if "://" in storage else Path(storage)
+    stop = work(storage, study, out, slots=slots, progress=Lines())
+    _echo(f"the sweep has stopped: {stop.reason}")
+
+
+def status(
+    place: Annotated[str, typer.Argument(help="Folder of a sweep, or a storage URL.")],
+    study: Annotated[str | None, typer.Option(help="Study name; needed with a URL.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How a sweep stands: runs, budget, prediction, who is working, what failed and why."""
+    from bayeslr.loop import open_status
+    from bayeslr.sweep_status import status_lines
+
+    document = open_status(place, study)
+    _echo(json.dumps(document, indent=2)) if as_json else _echo(*status_lines(document))
+
+
+class Lines:
+    """Progress on standard error; what is transient shows on a terminal alone."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+
+    def __call__(self, line: str, *, transient: bool = False) -> None:
+        """Show one line."""
+        if transient and not self._terminal:
+            return
+        clear = "\r\033[K" if self._terminal else ""
+        typer.echo(f"{clear}{line}", err=True, nl=not transient)
+
+
+def _print_summary(result: SweepResult) -> None:
+    from bayeslr.units import format_quantity
+
+    spent, budget = result.spent_flops, result.recipe.budget_flops
+    _echo(
+        f"{result.runs.frame['run_id'].nunique()} runs, {format_quantity(spent)} FLOPs "
+        f"({spent / budget:.0%} of the budget); stopped: {result.stop.reason}"
+    )
+    rows: list[dict[str, Any]] = result.predictions.to_dict("records")  # type: ignore[assignment]
+    for row in rows:
+        _echo(
+            f"{row['target_id']}: train at peak LR {row['lr']:.3g} (90 % interval of the optimum "
+            f"{row['lr_q05']:.3g} to {row['lr_q95']:.3g}; expected regret {row['regret_mean']:.2g} "
+            "nats)"
+        )
+    if result.validation is not None:
+        _echo("", *result.validation.lines())
+    left = [
+        n
+        for n in ("report.html", "runs.parquet", "predictions.csv", "fit")
+        if (result.out / n).exists()
+    ]
+    _echo("", f"In {result.out}: {', '.join(left)}")
+
+
+def _print_description(plan: dict[str, Any]) -> None:
+    from bayeslr.units import format_quantity as quantity
+
+    lrs = plan["lrs"]
+    _echo(
+        f"sweep {plan['name']}: runner {plan['runner']}, budget {quantity(plan['budget_flops'])} "
+        f"FLOPs ({plan['budget_flops']:.6g})",
+        f"LRs: {len(lrs)} from {lrs[0]:.4g} to {lrs[-1]:.4g}",
+        "cells (one run each LR):",
+    )
+    for cell in plan["cells"]:
+        _echo(
+            f"  {cell['shape']:<16} N={cell['n_active']} of {cell['n_total']}  D={cell['tokens']}  "
+            f"batch={cell['batch_tokens']}  {quantity(cell['flops_per_run'])} FLOPs a run  "
+            f"losses at {', '.join(str(t) for t in cell['decay_at'])} tokens"
+        )
+    _echo(f"first runs ({quantity(plan['start_flops'])} FLOPs):")
+    _echo(*(f"  {run['run_id']}  {quantity(run['flops'])} FLOPs" for run in plan["start"]))
+    for target in plan["targets"]:
+        _echo(
+            f"target {target['target_id']}: N={target['n_active']:.0f} of {target['n_total']:.0f}, "
+            f"D={target['tokens']:.0f}, {quantity(target['flops'])} FLOPs"
+        )
+
+
+def _shipped(name: str) -> str:
+    from bayeslr.loop import find_recipe
+
+    return str(find_recipe(name))
+
+
+def _stop_on_sigterm() -> None:
+    """A scheduler's SIGTERM ends a sweep as Ctrl-C does: children first, runs given up cleanly."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
+def _echo(*lines: str) -> None:
+    for line in lines:
+        typer.echo(line)

@@ -1,0 +1,476 @@
+"""The closed loop: a sweep from its recipe to its prediction, resumable at any point.
+
+The state is the study alone. The folder of a sweep holds
+
+    recipe.toml, resolved.json   what was asked for: every value, versions, git hash
+    study.journal                the study, unless a storage URL was given
+    runs/RUN_ID/                 one folder a run: spec, records, checkpoints, logs
+    runs.parquet, fit/           the run table and the last fit
+    predictions.csv, report.html what came of it
+    validation.json              the target's own runs, where the recipe asks for them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import fcntl
+import importlib.util
+import json
+import math
+import os
+import platform
+import socket
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from bayeslr.errors import DataError, SpecError, StorageError
+from bayeslr.planning import Planner, again, table_of
+from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point, find_runner
+from bayeslr.space import candidates, start_design, targets_of
+from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
+from bayeslr.sweep_status import status_of
+from bayeslr.validation import Validation, validate, validation_runs, validation_summary
+from bayeslr.worker import Due, Progress, Stop, Worker, due_entry, due_runs, silent
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayeslr.posterior import Posterior
+    from bayeslr.runs import RunTable
+
+MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "validate_target")
+"""What a recipe may change between two starts of one sweep."""
+
+_VERSIONED = ("bayeslr", "jax", "numpyro", "pymc", "numpy", "pandas", "optuna", "torch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep leaves: its runs, the posterior, the predictions and why it stopped."""
+
+    recipe: Recipe
+    out: Path
+    runs: RunTable
+    posterior: Posterior
+    predictions: pd.DataFrame
+    stop: Stop
+    spent_flops: float
+    validation: Validation | None = None
+
+
+def sweep(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    storage: str | None = None,
+    seed: int | None = None,
+    retry: bool = False,
+    progress: Progress = silent,
+) -> SweepResult:
+    """Run a sweep, or go on with the one in ``out``, to its end.
+
+    Parameters
+    ----------
+    recipe
+        A recipe, the path of one, or the name of one that is shipped.
+    out
+        Folder of the sweep; started again on the same folder it resumes.
+    storage
+        Any Optuna storage URL; by default a journal file in ``out``.
+    seed
+        Instead of the recipe's.
+    retry
+        Ask once more for runs that failed or were lost.
+
+    Raises
+    ------
+    SpecError
+        The recipe breaks a rule, or differs from the one that the sweep was started with.
+    StorageError
+        Another process runs this sweep, the storage does not answer, or the disk is full.
+    DataError
+        No run came to anything.
+    """
+    recipe = open_recipe(recipe)
+    if seed is not None:
+        recipe = dataclasses.replace(recipe, seed=seed)
+    out = Path(out)
+    runner = find_runner(recipe)
+    check_recipe(recipe, runner)
+    with _disk_errors(out), _locked(out):
+        study: Study = find_entry_point("bayeslr.studies", "optuna")(
+            storage, recipe.name, out, recipe
+        )
+        try:
+            _take_up(study, recipe, retry)
+            _write_resolved(recipe, out, storage)
+            stop = Worker(
+                study,
+                runner,
+                out / "runs",
+                slots=recipe.workers,
+                plan=Planner(study, runner, progress),
+                progress=progress,
+            ).run()
+            progress(f"stopped: {stop.reason}")
+            trials = study.trials()
+        finally:
+            study.close()
+        result = _conclude(recipe, runner, out, trials, stop, progress)
+        if not recipe.validate_target:
+            return result
+        validation = _validate(result, runner, storage, progress)
+        return dataclasses.replace(result, validation=validation)
+
+
+def work(
+    storage: str, name: str, out: str | Path, *, slots: int = 1, progress: Progress = silent
+) -> Stop:
+    """Join a sweep as one more worker, on any machine that reaches its storage.
+
+    storage: an Optuna storage URL, or the folder of a sweep. name: study name, which is the
+    recipe's. out: folder for the runs; the sweep's own where it is shared, so that a run that was
+    lost goes on from its checkpoint.
+    """
+    out = Path(out)
+    url, folder = split_storage(storage, out)
+    with _disk_errors(out):
+        study: Study = find_entry_point("bayeslr.studies", "optuna")(url, name, folder, None)
+        try:
+            runner = find_runner(study.recipe())
+            plan = Planner(study, runner, progress)
+            worker = Worker(study, runner, out / "runs", slots=slots, plan=plan, progress=progress)
+            return worker.run()
+        finally:
+            study.close()
+
+
+def open_status(place: str, name: str | None = None) -> dict[str, Any]:
+    """How a sweep stands. place: its folder, or a storage URL with the study's name."""
+    url, folder = split_storage(place, Path())
+    if name is None and url is None and (folder / "resolved.json").exists():
+        resolved = json.loads((folder / "resolved.json").read_text(encoding="utf-8"))
+        name = resolved["recipe"]["sweep"]["name"]
+    study: Study = find_entry_point("bayeslr.studies", "optuna")(url, name or "", folder, None)
+    try:
+        return status_of(study)
+    finally:
+        study.close()
+
+
+def split_storage(storage: str, out: Path) -> tuple[str | None, Path]:
+    """Storage URL (None: a journal file) and folder of a place: a URL, or a sweep's folder."""
+    if "://" in storage:
+        return storage, out
+    folder = Path(storage)
+    resolved = folder / "resolved.json"
+    if resolved.exists():
+        url = json.loads(resolved.read_text(encoding="utf-8"))["storage"]
+        if url is not None:
+            raise StorageError(
+                f"the sweep in {folder} keeps its study in {url}: give that URL (with its "
+                "password) as the storage"
+            )
+    return None, folder
+
+
+def open_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe from its path or its shipped name; option values that begin with ./ or ../ are
+    made absolute, beside the recipe.
+    """
+    if isinstance(recipe, Recipe):
+        return recipe
+    path = find_recipe(recipe)
+    loaded = load_recipe(path)
+    return dataclasses.replace(loaded, options=_beside(loaded.options, path.parent.absolute()))
+
+
+def find_recipe(name: str | Path) -> Path:
+    """Path of a recipe file, given as such or by the name of a shipped one."""
+    path = Path(name)
+    if path.exists():
+        return path
+    shipped: dict[str, Path] = {}
+    package = importlib.util.find_spec("bayeslr_runners")
+    if package is not None and package.submodule_search_locations:
+        home = Path(next(iter(package.submodule_search_locations)))
+        for folder in (home / "_recipes", home.parent / "recipes"):
+            shipped = {p.stem: p for p in sorted(folder.glob("*.toml"))} | shipped
+    if str(name) not in shipped:
+        raise SpecError(
+            f"recipe {name} does not exist; give a path, or one of those shipped: "
+            f"{', '.join(sorted(shipped)) or 'none (pip install bayeslr[runners])'}"
+        )
+    return shipped[str(name)]
+
+
+def check_recipe(recipe: Recipe, runner: Runner) -> list[Target]:
+    """Targets of a recipe, once it is certain that the sweep can begin. Raises: SpecError."""
+    targets = targets_of(recipe, runner)
+    if recipe.validate_target:
+        validation_runs(recipe, runner, targets[0], recipe.space.lr.low)
+    cheapest = min(candidates(recipe, runner), key=lambda p: p.flops)
+    if cheapest.flops > recipe.budget_flops:
+        raise SpecError(
+            f"recipe {recipe.name}: budget_flops ({recipe.budget_flops:.4g}) is below the cheapest "
+            f"run ({cheapest.spec.run_id}, {cheapest.flops:.4g} FLOPs)"
+        )
+    return targets
+
+
+def describe(recipe: Recipe) -> dict[str, Any]:
+    """What a sweep would do: its cells and their cost, its first runs, its targets."""
+    runner = find_runner(recipe)
+    targets = check_recipe(recipe, runner)
+    cells: dict[tuple[str, int, int], dict[str, Any]] = {}
+    for priced in candidates(recipe, runner):
+        spec = priced.spec
+        key = (str(spec.shape["name"]), spec.tokens, spec.batch_tokens)
+        cells.setdefault(
+            key,
+            {
+                "shape": key[0],
+                "n_active": spec.n_active,
+                "n_total": spec.n_total,
+                "tokens": spec.tokens,
+                "batch_tokens": spec.batch_tokens,
+                "decay_at": list(spec.decay_at),
+                "flops_per_run": priced.flops,
+                "num_lrs": 0,
+            },
+        )["num_lrs"] += 1
+    start = start_design(recipe, runner)
+    return {
+        "name": recipe.name,
+        "runner": recipe.runner,
+        "budget_flops": recipe.budget_flops,
+        "lrs": list(recipe.space.lr.values()),
+        "cells": list(cells.values()),
+        "start": [{"run_id": p.spec.run_id, "lr": p.spec.lr, "flops": p.flops} for p in start],
+        "start_flops": math.fsum(p.flops for p in start),
+        "targets": [{**dataclasses.asdict(t), "flops": t.flops} for t in targets],
+    }
+
+
+def _take_up(study: Study, recipe: Recipe, retry: bool) -> None:
+    """Reconcile the recipe with the study's, and lift a stop that no longer holds."""
+    stored, given = recipe_document(study.recipe()), recipe_document(recipe)
+    changed = _changes(stored, given)
+    fixed = [c for c in changed if c.removeprefix("sweep.") not in MUTABLE]
+    if fixed:
+        raise SpecError(
+            f"study {recipe.name!r} was started with another recipe: {', '.join(fixed)} differ; "
+            f"only {', '.join(MUTABLE)} may change. Give the sweep another name or folder"
+        )
+    if changed:
+        study.set_recipe(recipe)
+        study.set_note("stop", None)
+    trials = study.trials()
+    if retry and (due := again(trials)):
+        number = 0
+        while study.note(f"batch:{number}") is not None:
+            number += 1
+        due += due_runs(study, trials, number - 1)
+        study.set_note(f"batch:{number}", {"runs": [due_entry(run) for run in due]})
+        study.set_note("stop", None)
+
+
+def _changes(before: Any, after: Any, path: str = "") -> list[str]:
+    if isinstance(before, Mapping) and isinstance(after, Mapping):
+        names = sorted({*before, *after})
+        parts = [_changes(before.get(n), after.get(n), f"{path}.{n}".strip(".")) for n in names]
+        return [change for part in parts for change in part]
+    return [] if _json(before) == _json(after) else [path]
+
+
+def _conclude(
+    recipe: Recipe,
+    runner: Runner,
+    out: Path,
+    trials: Sequence[Trial],
+    stop: Stop,
+    progress: Progress,
+) -> SweepResult:
+    """Last fit, predictions and report of a sweep that has stopped."""
+    if not any(t.state in ("ok", "diverged") for t in trials):
+        reasons = {t.status_reason for t in trials if t.finished and not t.void}
+        raise DataError(
+            f"sweep {recipe.name}: no run came to anything ({'; '.join(sorted(reasons))[:600]}); "
+            f"see {out / 'runs'}/*/stderr.log, mend the cause, repeat with --retry"
+        )
+    from bayeslr.predict import predict
+    from bayeslr.sampling import fit
+
+    table = table_of(trials, recipe)
+    table.write(out / "runs.parquet")
+    progress(f"fitting {len(table)} rows", transient=True)
+    posterior = fit(table, recipe.prior, seed=recipe.seed)
+    posterior.save(out / "fit")
+    targets = targets_of(recipe, runner)
+    predictions = predict(posterior, targets)
+    predictions.to_csv(out / "predictions.csv", index=False)
+    _report(posterior, targets, out / "report.html")
+    return SweepResult(
+        recipe=recipe,
+        out=out,
+        runs=table,
+        posterior=posterior,
+        predictions=predictions,
+        stop=stop,
+        spent_flops=math.fsum(t.flops for t in trials),
+    )
+
+
+def _report(posterior: Posterior, targets: Sequence[Target], path: Path) -> None:
+    if importlib.util.find_spec("bayeslr.report") is None:
+        return
+    from bayeslr.report import report
+
+    report(posterior, path, targets=targets)
+
+
+def _validate(
+    result: SweepResult, runner: Runner, storage: str | None, progress: Progress
+) -> Validation:
+    """Train the first target for real; killed and started again it resumes like the sweep."""
+    recipe, out = result.recipe, result.out
+    target = targets_of(recipe, runner)[0]
+    prediction = result.predictions.to_dict("records")[0]
+    runs = validation_runs(recipe, runner, target, float(prediction["lr"]))
+    flops = math.fsum(run.flops for run in runs)
+    progress(validation_summary(recipe, target, flops))
+    own = dataclasses.replace(
+        recipe, name=f"{recipe.name}.validation", budget_flops=flops, max_runs=len(runs)
+    )
+    study: Study = find_entry_point("bayeslr.studies", "optuna")(storage, own.name, out, own)
+
+    def plan(_: Sequence[Trial], batch: int) -> list[Due] | Stop:
+        return Stop(kind="done", reason="the target's runs have ended") if batch else runs
+
+    try:
+        worker = Worker(
+            study, runner, out / "runs", slots=recipe.workers, plan=plan, progress=progress
+        )
+        worker.run()
+        validation = validate(study.trials(), {str(k): v for k, v in prediction.items()})
+    finally:
+        study.close()
+    text = json.dumps(validation.document(), indent=2, allow_nan=False)
+    (out / "validation.json").write_text(text + "\n", encoding="utf-8")
+    return validation
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One sweep a folder; the kernel drops the lock with the process."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ".lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            raise StorageError(
+                f"the sweep in {out} is in use by {owner}; wait for it, or join it with "
+                f"`bayeslr worker --storage {out} --study NAME`"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+            raise StorageError(
+                f"cannot write in {out}: {error.strerror}; finished runs are safe. Mend that and "
+                "repeat the same command, it resumes"
+            ) from error
+        raise
+
+
+def _write_resolved(recipe: Recipe, out: Path, storage: str | None) -> None:
+    versions = {}
+    for package in _VERSIONED:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    document = {
+        "recipe": recipe_document(recipe),
+        "versions": versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git_hash(),
+        "storage": _without_password(storage),
+    }
+    text = json.dumps(document, indent=2, allow_nan=False)
+    (out / "resolved.json").write_text(text + "\n", encoding="utf-8")
+    (out / "recipe.toml").write_text(to_toml(recipe_document(recipe)), encoding="utf-8")
+
+
+def to_toml(document: Mapping[str, Any]) -> str:
+    """TOML of a recipe document: its tables, with nested values inline."""
+    lines: list[str] = []
+    for table, content in document.items():
+        if isinstance(content, list):
+            for item in content:
+                lines += [f"[[{table}]]", *(f"{k} = {_toml(v)}" for k, v in item.items()), ""]
+        else:
+            lines += [f"[{table}]", *(f"{k} = {_toml(v)}" for k, v in content.items()), ""]
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, Mapping):
+        inner = ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items())
+        return f"{{ {inner} }}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    if isinstance(value, float):
+        return repr(value)
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _git_hash() -> str | None:
+    """Commit of the checkout that this package runs from; None for an installed wheel."""
+    root = Path(__file__).parents[1]
+    if not (root / "pyproject.toml").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _without_password(url: str | None) -> str | None:
+    if url is None or "@" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    account, _, place = rest.rpartition("@")
+    return f"{scheme}://{account.partition(':')[0]}@{place}"
+
+
+def _beside(value: Any, folder: Path) -> Any:
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        return str((folder / value).resolve())
+    if isinstance(value, Mapping):
+        return {k: _beside(v, folder) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_beside(v, folder) for v in value]
+    return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, sort_keys=True)

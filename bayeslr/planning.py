@@ -1,0 +1,157 @@
+"""Which runs of a sweep come next, and when to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, final
+
+from bayeslr.errors import BayeslrError, DataError
+from bayeslr.runner_protocol import Runner, Study, Trial
+from bayeslr.runs import RunTable, make_table
+from bayeslr.space import Priced, candidates, line_of, random_design, start_design, targets_of
+from bayeslr.specs import Recipe
+from bayeslr.units import format_quantity
+from bayeslr.worker import Due, Progress, Stop
+
+FAILED_STATES = ("failed", "lost")
+
+
+@final
+class Planner:
+    """Plans batch after batch; a plan is a function of the recipe and the runs that have ended."""
+
+    def __init__(self, study: Study, runner: Runner, progress: Progress) -> None:
+        self._study = study
+        self._runner = runner
+        self._progress = progress
+
+    def __call__(self, trials: Sequence[Trial], batch: int) -> list[Due] | Stop:
+        """Runs of a batch, or why there is none."""
+        recipe = self._study.recipe()
+        if stop := _failures(trials):
+            return stop
+        num_runs = max(recipe.batch_runs, recipe.workers) if batch else recipe.start_runs
+        if recipe.max_runs is not None:
+            num_runs = min(num_runs, recipe.max_runs - len(trials))
+            if num_runs <= 0:
+                return Stop(kind="max_runs", reason=f"{len(trials)} runs, as max_runs says")
+        left = recipe.budget_flops - math.fsum(t.flops for t in trials)
+        pool = candidates(recipe, self._runner, trials)
+        affordable = [p for p in pool if p.flops <= left]
+        if not pool:
+            return Stop(kind="done", reason="every run of the space has been made")
+        if not affordable:
+            cheapest = min(p.flops for p in pool)
+            return Stop(
+                kind="budget",
+                reason=f"{format_quantity(left)} of {format_quantity(recipe.budget_flops)} FLOPs "
+                f"are left, and the cheapest run that is not made yet costs "
+                f"{format_quantity(cheapest)}",
+            )
+        if batch == 0:
+            why = "start: the cheapest cells, LRs spread over their range"
+            return _due(start_design(recipe, self._runner)[:num_runs], why)
+        if recipe.strategy == "random":
+            why = "drawn at random"
+        else:
+            try:
+                return self._best(recipe, trials, affordable, num_runs, left, batch)
+            except BayeslrError as error:
+                why = f"drawn at random, for the runs so far cannot be fitted: {error}"
+                self._progress(why)
+        drawn = random_design(
+            recipe, affordable, num_runs=num_runs, budget_flops=left, first=len(trials)
+        )
+        return _due(drawn, why)
+
+    def _best(
+        self,
+        recipe: Recipe,
+        trials: Sequence[Trial],
+        pool: Sequence[Priced],
+        num_runs: int,
+        budget_flops: float,
+        batch: int,
+    ) -> list[Due] | Stop:
+        # JAX takes a second to load: a worker that never plans never pays it.
+        from bayeslr.acquire import Candidate, propose
+        from bayeslr.predict import predict
+        from bayeslr.sampling import fit
+
+        targets = targets_of(recipe, self._runner)
+        table = table_of(trials, recipe)
+        posterior = fit(table, recipe.prior, seed=recipe.seed, fast=True)
+        predictions = predict(posterior, targets)
+        self._study.set_note(
+            "prediction",
+            {"batch": batch, "runs": len(trials), "targets": predictions.to_dict("records")},
+        )
+        self._progress(prediction_line(predictions.to_dict("records")[0], len(trials)))
+        proposals = propose(
+            posterior,
+            [Candidate(spec=p.spec, flops=p.flops) for p in pool],
+            targets,
+            num_runs=num_runs,
+            budget_flops=budget_flops,
+            seed=recipe.seed + batch,
+        )
+        if not proposals:
+            return Stop(
+                kind="rule",
+                reason="no run of the space is expected to save more FLOPs at the target than it "
+                "costs",
+            )
+        # Two horizons of one (shape, batch, LR) share their trunk: the first one proposed stands.
+        lines = {line_of(p.spec): p for p in reversed(proposals)}
+        kept = [p for p in proposals if lines[line_of(p.spec)] is p]
+        return [Due(spec=p.spec, flops=p.flops, reason=p.reason) for p in kept]
+
+
+def table_of(trials: Sequence[Trial], recipe: Recipe) -> RunTable:
+    """Run table of the ended trials, in an order that does not depend on when they ended."""
+    rows = [row for t in trials if t.finished for row in t.records]
+    if not rows:
+        raise DataError(f"sweep {recipe.name}: no run has ended yet")
+    rows.sort(key=lambda r: (r["run_id"], r["tokens"], r["status"]))
+    return make_table(rows, source=f"sweep {recipe.name}")
+
+
+def prediction_line(row: Mapping[str, Any], num_runs: int) -> str:
+    """What is believed of a target after so many runs, in one line."""
+    return (
+        f"after {num_runs} runs: {row['target_id']} lr {row['lr']:.3g} "
+        f"(90 % interval {row['lr_q05']:.3g} to {row['lr_q95']:.3g})"
+    )
+
+
+def again(trials: Sequence[Trial]) -> list[Due]:
+    """Runs that failed or were lost, to be asked for once more."""
+    last = {t.spec.run_id: t for t in trials if not t.void}
+    times = [t.spec.run_id for t in trials if not t.void]
+    return [
+        Due(
+            spec=t.spec,
+            flops=t.flops,
+            reason=f"again, for it was {t.state}: {t.status_reason}",
+            nth=times.count(t.spec.run_id) + 1,
+        )
+        for t in last.values()
+        if t.state in FAILED_STATES
+    ]
+
+
+def _failures(trials: Sequence[Trial]) -> Stop | None:
+    """A trainer that never works is not paid for any longer."""
+    recent = trials[-3:]
+    if len(recent) < 3 or any(t.state not in FAILED_STATES for t in recent):
+        return None
+    return Stop(
+        kind="failures",
+        reason=f"the last {len(recent)} runs came to nothing; {recent[-1].spec.run_id}: "
+        f"{recent[-1].status_reason}. Mend the cause and repeat the command with --retry",
+    )
+
+
+def _due(priced: Sequence[Priced], why: str) -> list[Due]:
+    return [Due(spec=p.spec, flops=p.flops, reason=why) for p in priced]

@@ -1,0 +1,182 @@
+"""The runs that a recipe allows: their specs, their cost, and which to start with."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from bayeslr.errors import SpecError
+from bayeslr.runner_protocol import Runner, Trial
+from bayeslr.specs import Recipe, RunSpec, Target
+from bayeslr.units import parse_quantity
+
+LRS_PER_START_CELL = 3
+"""Fewest LRs that can show a valley: one to each side of the lowest."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Priced:
+    """A run that could be asked for, and its FLOPs."""
+
+    spec: RunSpec
+    flops: float
+
+
+def targets_of(recipe: Recipe, runner: Runner) -> list[Target]:
+    """The recipe's targets; a ``shape`` gets its parameter counts from the runner."""
+    targets = []
+    for i, raw in enumerate(recipe.targets):
+        document = dict(raw)
+        shape = document.pop("shape", None)
+        if shape is not None:
+            document["n_active"], document["n_total"] = runner.counts(shape)
+            document |= {k: shape[k] for k in ("n_experts", "top_k") if k in shape}
+        for name in ("n_active", "n_total", "tokens", "batch_tokens"):
+            if name in document:
+                document[name] = parse_quantity(document[name], name=f"[[targets]] {name}")
+        document.setdefault("target_id", f"target{i + 1}")
+        document.setdefault("family", recipe.family)
+        document.setdefault("seq_len", recipe.run.get("seq_len"))
+        document.setdefault("param_convention", recipe.run.get("param_convention", "non_embedding"))
+        try:
+            targets.append(Target(**document))
+        except TypeError as error:
+            raise SpecError(f"recipe {recipe.name}, [[targets]] {i + 1}: {error}") from error
+    return targets
+
+
+def run_spec(
+    recipe: Recipe,
+    runner: Runner,
+    shape: Mapping[str, Any],
+    *,
+    lr: float,
+    batch_tokens: int,
+    decay_at: Sequence[int],
+    prefix: str = "",
+) -> RunSpec:
+    """Spec of one run of the sweep; its id says what it is, and is the same on every machine."""
+    n_active, n_total = runner.counts(shape)
+    seed = int(recipe.run.get("seed", 0))
+    label = f"{prefix or recipe.name}-{shape['name']}-t{max(decay_at)}-b{batch_tokens}"
+    try:
+        return RunSpec(
+            **recipe.run,
+            run_id=re.sub(r"[^\w.+-]", "_", f"{label}-lr{lr:.5g}-s{seed}"),
+            family=recipe.family,
+            runner=recipe.runner,
+            lr=lr,
+            tokens=max(decay_at),
+            batch_tokens=batch_tokens,
+            n_active=n_active,
+            n_total=n_total,
+            decay_at=tuple(decay_at),
+            shape=shape,
+            options=recipe.options,
+        )
+    except TypeError as error:
+        raise SpecError(f"recipe {recipe.name}, [run]: {error}") from error
+
+
+def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> list[Priced]:
+    """Every run of the space that the trials have not measured yet, in a fixed order.
+
+    Under WSD a run to one horizon measures the shorter horizons on its way, so a candidate decays
+    at every token count up to its own that its (shape, batch, LR) still lacks.
+    """
+    measured: dict[tuple[str, int, float], set[int]] = {}
+    for trial in trials:
+        if trial.void:
+            continue
+        spec = trial.spec
+        key = line_of(spec)
+        # A run that broke or blew up would do so again further on: same seed, same steps.
+        reached = recipe.space.tokens if trial.state in ("diverged", "failed") else spec.decay_at
+        measured.setdefault(key, set()).update(reached)
+    priced = []
+    wsd = recipe.run.get("schedule", "wsd") == "wsd"
+    horizons = sorted(recipe.space.tokens)
+    for shape in recipe.space.shapes:
+        for batch_tokens in recipe.space.batch_tokens:
+            for lr in recipe.space.lr.values():
+                known = measured.get((shape["name"], batch_tokens, float(f"{lr:.5g}")), set())
+                for end in horizons:
+                    if end in known:
+                        continue
+                    decay_at = [t for t in horizons if t <= end and t not in known]
+                    spec = run_spec(
+                        recipe,
+                        runner,
+                        shape,
+                        lr=lr,
+                        batch_tokens=batch_tokens,
+                        decay_at=decay_at if wsd else [end],
+                    )
+                    priced.append(Priced(spec=spec, flops=runner.flops(spec)))
+    return priced
+
+
+def start_design(recipe: Recipe, runner: Runner) -> list[Priced]:
+    """The first runs: the cheapest cells, a few LRs spread over the whole range in each.
+
+    A function of the recipe alone, so that every worker and every restart finds the same runs.
+    Under WSD the cells of one shape and batch share a trunk to the longest horizon.
+    """
+    cells: dict[tuple[str, int, int], list[Priced]] = {}
+    longest = max(recipe.space.tokens)
+    wsd = recipe.run.get("schedule", "wsd") == "wsd"
+    for priced in candidates(recipe, runner):
+        spec = priced.spec
+        if not wsd or spec.tokens == longest:
+            key = (str(spec.shape["name"]), spec.tokens, spec.batch_tokens)
+            cells.setdefault(key, []).append(priced)
+    cheapest = sorted(cells.values(), key=lambda cell: (cell[0].flops, cell[0].spec.run_id))
+    num_cells = min(len(cheapest), max(1, recipe.start_runs // LRS_PER_START_CELL))
+    shares = [recipe.start_runs // num_cells] * num_cells
+    for i in range(recipe.start_runs % num_cells):
+        shares[i] += 1
+    design: list[Priced] = []
+    for number, (cell, share) in enumerate(zip(cheapest, shares, strict=False)):
+        by_lr = sorted(cell, key=lambda p: p.spec.lr)
+        design.extend(by_lr[i] for i in _spread(len(by_lr), share, _rng(recipe.seed, number)))
+    return design
+
+
+def random_design(
+    recipe: Recipe, pool: Sequence[Priced], *, num_runs: int, budget_flops: float, first: int
+) -> list[Priced]:
+    """Runs drawn at random from those that fit the budget. first: number of the first draw."""
+    left = list(pool)
+    drawn: list[Priced] = []
+    for number in range(first, first + num_runs):
+        left = [p for p in left if p.flops <= budget_flops]
+        if not left:
+            break
+        choice = left[int(_rng(recipe.seed, number).integers(len(left)))]
+        drawn.append(choice)
+        budget_flops -= choice.flops
+        left = [p for p in left if line_of(p.spec) != line_of(choice.spec)]
+    return drawn
+
+
+def line_of(spec: RunSpec) -> tuple[str, int, float]:
+    """Runs that share a trunk: one batch never holds two of them."""
+    return (str(spec.shape["name"]), spec.batch_tokens, float(f"{spec.lr:.5g}"))
+
+
+def _rng(seed: int, number: int) -> np.random.Generator:
+    """Random numbers keyed by (seed, number): no state that a restart could lose or repeat."""
+    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, number]))
+
+
+def _spread(num_points: int, num_chosen: int, rng: np.random.Generator) -> list[int]:
+    """Indices of a grid, one near the middle of each of equal strata, the middle one first."""
+    num_chosen = min(num_chosen, num_points)
+    places = (np.arange(num_chosen) + 0.5 + rng.uniform(-0.2, 0.2)) / num_chosen
+    chosen = [min(int(place * num_points), num_points - 1) for place in places]
+    middle = num_chosen // 2
+    return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]

@@ -1,0 +1,76 @@
+"""How a sweep stands, read from its study."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from typing import Any
+
+from bayeslr.runner_protocol import Study
+from bayeslr.units import format_quantity
+
+
+def status_of(study: Study) -> dict[str, Any]:
+    """State of a sweep as one JSON-safe document; nothing is changed."""
+    recipe = study.recipe()
+    trials = [t for t in study.trials() if not t.void]
+    running = [t for t in trials if not t.finished]
+    stop = study.note("stop")
+    if stop is not None:
+        state = "stopped"
+    else:
+        state = "running" if any(t.alive for t in running) else "idle"
+    return {
+        "name": recipe.name,
+        "state": state,
+        "stop": stop,
+        "runs": dict(Counter(t.state for t in trials)),
+        "budget_flops": recipe.budget_flops,
+        "spent_flops": math.fsum(t.flops for t in trials if t.finished),
+        "reserved_flops": math.fsum(t.flops for t in running),
+        "prediction": study.note("prediction"),
+        "running": [
+            {
+                "run_id": t.spec.run_id,
+                "owner": t.owner,
+                "alive": t.alive,
+                "lease_s": t.lease_s,
+                "reason": t.reason,
+            }
+            for t in running
+        ],
+        "dead_workers": sorted({t.owner for t in running if not t.alive}),
+        "failed": [
+            {"run_id": t.spec.run_id, "state": t.state, "reason": t.status_reason}
+            for t in trials
+            if t.state in ("failed", "lost")
+        ],
+    }
+
+
+def status_lines(status: dict[str, Any]) -> list[str]:
+    """The document for people."""
+    counts = ", ".join(f"{n} {state}" for state, n in sorted(status["runs"].items())) or "none"
+    lines = [
+        f"sweep {status['name']}: {status['state']}",
+        f"runs: {counts}",
+        f"budget: {format_quantity(status['spent_flops'])} FLOPs spent, "
+        f"{format_quantity(status['reserved_flops'])} reserved, of "
+        f"{format_quantity(status['budget_flops'])}",
+    ]
+    if status["stop"] is not None:
+        lines.append(f"stopped ({status['stop']['kind']}): {status['stop']['reason']}")
+    elif status["state"] == "idle":
+        lines.append("no worker is alive; the same `bayeslr sweep` command resumes it")
+    for run in status["running"]:
+        seen = "never" if run["lease_s"] is None else f"{run['lease_s']:.0f} s ago"
+        alive = "" if run["alive"] else ", DEAD: will be taken over"
+        lines.append(f"running: {run['run_id']} by {run['owner']}, last seen {seen}{alive}")
+    lines += [f"{run['state']}: {run['run_id']}: {run['reason']}" for run in status["failed"]]
+    if status["prediction"] is not None:
+        for row in status["prediction"]["targets"]:
+            lines.append(
+                f"prediction after {status['prediction']['runs']} runs: {row['target_id']} "
+                f"lr {row['lr']:.3g} (90 % interval {row['lr_q05']:.3g} to {row['lr_q95']:.3g})"
+            )
+    return lines

@@ -1,0 +1,160 @@
+"""Was the prediction right? Trains the target at the recommended LR, half and twice it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bayeslr.errors import SpecError
+from bayeslr.runner_protocol import Runner, Trial
+from bayeslr.space import run_spec
+from bayeslr.specs import Recipe, Target
+from bayeslr.units import format_quantity
+from bayeslr.worker import Due
+
+MULTIPLES = (1.0, 0.5, 2.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Validation:
+    """Measured losses of the target around the recommended LR.
+
+    ``lr_q05`` and ``lr_q95`` bound the 90 % interval that was predicted. ``best_lr`` is the bottom
+    of the parabola through the three losses in ln LR, or the LR with the lowest loss where there is
+    no bottom between them. ``regret`` is the loss at the recommended LR above the lowest one
+    measured, in nats.
+    """
+
+    target_id: str
+    lr: float
+    lr_q05: float
+    lr_q95: float
+    lrs: tuple[float, ...]
+    losses: tuple[float | None, ...]
+    states: tuple[str, ...]
+    best_lr: float | None
+    bracketed: bool
+    regret: float | None
+
+    @property
+    def inside(self) -> bool | None:
+        """Whether the measured optimum lies in the predicted interval; None if it is not known."""
+        if self.best_lr is None:
+            return None
+        if self.bracketed:
+            return self.lr_q05 <= self.best_lr <= self.lr_q95
+        # The optimum lies at or beyond the outermost LR: outside for certain only past an end.
+        low_side = self.best_lr < self.lr
+        if (low_side and self.best_lr <= self.lr_q05) or (
+            not low_side and self.best_lr >= self.lr_q95
+        ):
+            return False
+        return None
+
+    def lines(self) -> list[str]:
+        """What came out, for people."""
+        told = [f"{self.target_id}, trained at half, once and twice the recommended LR:"]
+        for lr, loss, state in sorted(zip(self.lrs, self.losses, self.states, strict=True)):
+            mark = "  <- recommended" if lr == self.lr else ""
+            told.append(f"  lr {lr:.3g}: {state if loss is None else f'loss {loss:.4f}'}{mark}")
+        interval = f"90 % interval {self.lr_q05:.3g} to {self.lr_q95:.3g}"
+        if self.best_lr is None or self.regret is None:
+            return [*told, f"No verdict: too few of the three runs ended well ({interval})."]
+        if self.bracketed:
+            told.append(f"The bottom of the valley through them is at lr {self.best_lr:.3g}.")
+        else:
+            side = "below" if self.best_lr < self.lr else "above"
+            told.append(
+                f"The lowest loss is at the edge, lr {self.best_lr:.3g}: the optimum may lie "
+                f"further {side}."
+            )
+        verdict = {
+            True: f"It lies where the posterior said ({interval}).",
+            False: f"It lies OUTSIDE of what the posterior said ({interval}).",
+            None: f"These runs cannot tell whether it lies where the posterior said ({interval}).",
+        }[self.inside]
+        return [*told, verdict, f"Regret of the recommended LR: {self.regret:.4f} nats."]
+
+    def document(self) -> dict[str, Any]:
+        """JSON-safe form."""
+        return {**dataclasses.asdict(self), "inside": self.inside}
+
+
+def validation_runs(recipe: Recipe, runner: Runner, target: Target, lr: float) -> list[Due]:
+    """The three runs. Raises: SpecError if the first target has no shape to train."""
+    shape = recipe.targets[0].get("shape")
+    if shape is None:
+        raise SpecError(
+            f"recipe {recipe.name}: validate_target needs a shape in the first of [[targets]], "
+            "so that it can be trained"
+        )
+    shape = {"name": target.target_id, **shape}
+    due = []
+    for multiple in MULTIPLES:
+        spec = run_spec(
+            recipe,
+            runner,
+            shape,
+            lr=lr * multiple,
+            batch_tokens=int(target.batch_tokens),
+            decay_at=[int(target.tokens)],
+            prefix=f"{recipe.name}-validation",
+        )
+        reason = f"the target itself at {multiple:g} times the recommended LR"
+        due.append(Due(spec=spec, flops=runner.flops(spec), reason=reason))
+    return due
+
+
+def validate(trials: Sequence[Trial], prediction: Mapping[str, Any]) -> Validation:
+    """Verdict on a prediction (a row of the predictions table) from the ended runs."""
+    trials = sorted((t for t in trials if not t.void), key=lambda t: t.spec.lr)
+    losses = [_final_loss(t) for t in trials]
+    measured = [(t.spec.lr, y) for t, y in zip(trials, losses, strict=True) if y is not None]
+    lr = sorted(t.spec.lr for t in trials)[len(trials) // 2]
+    best, bracketed = _bottom(measured)
+    at_lr = dict(measured).get(lr)
+    return Validation(
+        target_id=str(prediction["target_id"]),
+        lr=lr,
+        lr_q05=float(prediction["lr_q05"]),
+        lr_q95=float(prediction["lr_q95"]),
+        lrs=tuple(t.spec.lr for t in trials),
+        losses=tuple(losses),
+        states=tuple(t.state for t in trials),
+        best_lr=best,
+        bracketed=bracketed,
+        regret=None if at_lr is None else at_lr - min(y for _, y in measured),
+    )
+
+
+def validation_summary(recipe: Recipe, target: Target, flops: float) -> str:
+    """What is about to be trained."""
+    return (
+        f"training the target {target.target_id} itself at three LRs "
+        f"(N={format_quantity(target.n_active)}, D={format_quantity(target.tokens)}, "
+        f"{format_quantity(flops)} FLOPs, beside the budget of {recipe.name})"
+    )
+
+
+def _final_loss(trial: Trial) -> float | None:
+    final = [r for r in trial.records if r.get("status") == "ok" and r.get("loss") is not None]
+    if trial.state != "ok" or not final:
+        return None
+    return float(max(final, key=lambda r: r["tokens"])["loss"])
+
+
+def _bottom(measured: Sequence[tuple[float, float]]) -> tuple[float | None, bool]:
+    """LR at the bottom of the measured valley, and whether it lies between measured LRs."""
+    if len(measured) < 2:
+        return None, False
+    lowest = min(range(len(measured)), key=lambda i: measured[i][1])
+    if lowest in (0, len(measured) - 1):
+        return measured[lowest][0], False
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(x), y) for x, y in measured[lowest - 1 : lowest + 2])
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    # Newton's divided differences: the slope of the parabola is zero here.
+    vertex = 0.5 * (x0 + x1) - left * (x2 - x0) / (2 * (right - left))
+    return math.exp(vertex), True

@@ -1,0 +1,271 @@
+"""One worker of a sweep: asks for the runs that are due, trains them, tells what came of them.
+
+Any number of workers share a study. The runs that are due stand in its notes ``batch:0``,
+``batch:1``, ...: a batch is planned once all runs of the batches before it have ended, from exactly
+those runs, so it does not depend on who plans it or how often the sweep was killed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, final
+
+from bayeslr.children import Child, Verdict, complete, judge, write_rows
+from bayeslr.errors import SpecError
+from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
+from bayeslr.specs import RunSpec
+from bayeslr.units import format_quantity
+
+POLL_SECONDS = 0.1
+IDLE_SECONDS = 1.0
+"""How often a worker with nothing to start looks at the study."""
+
+BEAT_SECONDS = 20.0
+"""How often a sign of life is given; an owner elsewhere is given up after fifteen (study.py)."""
+
+REPORT_SECONDS = 2.0
+"""Least time between two intermediate losses of one run in the study."""
+
+MAX_STARTS = 3
+"""A run whose process was ended from outside is started again from its checkpoint, this often."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Due:
+    """A run of a batch. nth: 2 for a run that is asked for again after it failed or was lost."""
+
+    spec: RunSpec
+    flops: float
+    reason: str
+    nth: int = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stop:
+    """Why no further batch follows. kind: budget, max_runs, rule, failures or done."""
+
+    kind: str
+    reason: str
+
+
+class Progress(Protocol):
+    """Where lines for people go; transient ones are for a terminal and may be overwritten."""
+
+    def __call__(self, line: str, *, transient: bool = False) -> None:
+        """Show one line."""
+        ...
+
+
+Plan = Callable[[Sequence[Trial], int], "list[Due] | Stop"]
+
+
+def silent(line: str, *, transient: bool = False) -> None:
+    """Progress that shows nothing."""
+
+
+@final
+class Worker:
+    """Trains up to ``slots`` runs at a time in child processes, until the study says stop."""
+
+    def __init__(
+        self,
+        study: Study,
+        runner: Runner,
+        runs_dir: Path,
+        *,
+        slots: int,
+        plan: Plan,
+        progress: Progress = silent,
+    ) -> None:
+        self._study = study
+        self._runner = runner
+        self._runs_dir = runs_dir
+        self._slots = slots
+        self._plan = plan
+        self._progress = progress
+        self._children: dict[int, Child] = {}
+        self._starts: dict[int, int] = {}
+        self._reported_at: dict[int, float] = {}
+        self._beat_at = 0.0
+        self._batch = -1
+
+    def run(self) -> Stop:
+        """Work until the study says stop and nothing of ours runs.
+
+        Whatever ends it early, the children are stopped first and their runs can be adopted.
+        """
+        looked_at = 0.0
+        try:
+            while True:
+                ended = self._attend()
+                idle = time.monotonic() - looked_at > IDLE_SECONDS
+                if len(self._children) < self._slots and (ended or idle):
+                    looked_at = time.monotonic()
+                    stop = self._fill()
+                    if stop is not None and not self._children:
+                        return stop
+                time.sleep(POLL_SECONDS)
+        finally:
+            for number, child in self._children.items():
+                child.stop()
+                self._study.release(number)
+
+    def _attend(self) -> bool:
+        """Read the children's records, renew leases, tell what ended; whether anything did."""
+        ended = False
+        beat = time.monotonic() - self._beat_at > BEAT_SECONDS
+        for number, child in list(self._children.items()):
+            running = child.running
+            self._report(number, child)
+            if not running:
+                self._end(number, child)
+                ended = True
+            elif beat and not self._study.beat(number):
+                child.stop()
+                del self._children[number]
+                self._progress(f"{child.spec.run_id}: somebody else has taken it over")
+                ended = True
+        if beat:
+            self._beat_at = time.monotonic()
+        return ended
+
+    def _report(self, number: int, child: Child) -> None:
+        rows = [r for r in child.new_rows() if r["loss"] is not None]
+        if not rows:
+            return
+        if time.monotonic() - self._reported_at.get(number, -REPORT_SECONDS) < REPORT_SECONDS:
+            return
+        self._reported_at[number] = time.monotonic()
+        self._study.report(number, tokens=int(rows[-1]["tokens"]), loss=float(rows[-1]["loss"]))
+
+    def _end(self, number: int, child: Child) -> None:
+        del self._children[number]
+        verdict = child.verdict()
+        if verdict.state == "lost" and self._starts[number] < MAX_STARTS:
+            self._progress(f"{child.spec.run_id}: {verdict.reason}; goes on from its checkpoint")
+            self._start(number, child.spec)
+            return
+        self._tell(number, child.spec, verdict, child.wall_s)
+
+    def _tell(self, number: int, spec: RunSpec, verdict: Verdict, wall_s: float) -> None:
+        reserved = self._runner.flops(spec)
+        # Nothing recorded proves nothing spent: then the reservation counts in full.
+        spent = reserved * (verdict.share or 1.0)
+        self._study.tell(number, state=verdict.state, flops=spent, records=verdict.rows)
+        self._progress(self._line(spec, verdict, wall_s))
+
+    def _line(self, spec: RunSpec, verdict: Verdict, wall_s: float) -> str:
+        spent = sum(t.flops for t in self._study.trials())
+        share = spent / self._study.recipe().budget_flops
+        outcome = verdict.state
+        if verdict.state == "ok":
+            outcome = f"loss {verdict.rows[-1]['loss']:.4f}"
+        elif verdict.reason:
+            outcome += f" ({verdict.reason})"
+        return (
+            f"[{share:4.0%} of budget] {spec.run_id}: {spec.shape.get('name', '')} "
+            f"N={format_quantity(spec.n_active)} D={format_quantity(spec.tokens)} "
+            f"lr={spec.lr:.3g}  {outcome}  {wall_s:.1f} s"
+        )
+
+    def _fill(self) -> Stop | None:
+        """Start what is due in the free slots; the stop, once there is nothing left to do."""
+        while len(self._children) < self._slots:
+            trials = self._study.trials()
+            orphan = next(
+                (
+                    t
+                    for t in trials
+                    if not t.finished and not t.alive and t.number not in self._children
+                ),
+                None,
+            )
+            if orphan is not None and self._study.adopt(orphan.number):
+                self._progress(f"{orphan.spec.run_id}: goes on (its worker {orphan.owner} is gone)")
+                self._start(orphan.number, orphan.spec)
+                continue
+            if (stop := self._study.note("stop")) is not None:
+                return Stop(**stop)
+            due = self._due(trials)
+            trial = self._ask_first(due)
+            if trial is not None:
+                self._start(trial.number, trial.spec)
+            elif any(not t.finished for t in self._study.trials()):
+                return None  # the batch is under way, here or elsewhere
+            elif not self._plan_next():
+                return None  # somebody else is planning it
+        return None
+
+    def _due(self, trials: Sequence[Trial]) -> list[Due]:
+        """Runs of the batch in force that nobody has asked for."""
+        while self._study.note(f"batch:{self._batch + 1}") is not None:
+            self._batch += 1
+        return due_runs(self._study, trials, self._batch)
+
+    def _ask_first(self, due: Sequence[Due]) -> Trial | None:
+        for run in due:
+            trial = self._study.ask(run.spec, flops=run.flops, reason=run.reason)
+            if trial is not None:
+                return trial
+        return None
+
+    def _plan_next(self) -> bool:
+        number = self._batch + 1
+        if not self._study.claim(f"batch:{number}"):
+            return False
+        if self._study.note(f"batch:{number}") is not None or self._study.note("stop") is not None:
+            return True
+        self._progress("choosing the next runs", transient=True)
+        plan = self._plan([t for t in self._study.trials() if not t.void], number)
+        if isinstance(plan, Stop):
+            self._study.set_note("stop", {"kind": plan.kind, "reason": plan.reason})
+        else:
+            self._study.set_note(f"batch:{number}", {"runs": [due_entry(due) for due in plan]})
+        return True
+
+    def _start(self, number: int, spec: RunSpec) -> None:
+        run_dir = self._runs_dir / spec.run_id
+        self._starts[number] = self._starts.get(number, 0) + 1
+        if complete(spec, run_dir):  # a worker was killed before it could tell
+            self._tell(number, spec, judge(spec, run_dir), 0.0)
+        elif isinstance(self._runner, RecordedRunner):
+            self._look_up(self._runner, number, spec, run_dir)
+        else:
+            self._children[number] = Child(spec, run_dir, self._runner.command(spec, run_dir))
+            self._progress(f"training {len(self._children)} run(s)", transient=True)
+
+    def _look_up(self, runner: RecordedRunner, number: int, spec: RunSpec, run_dir: Path) -> None:
+        failure = ""
+        try:
+            write_rows(run_dir, runner.records(spec))
+        except SpecError as error:
+            failure = str(error)
+        self._tell(number, spec, judge(spec, run_dir, failure=failure), 0.0)
+
+
+def due_runs(study: Study, trials: Sequence[Trial], batch: int) -> list[Due]:
+    """Runs of a batch that nobody has asked for; none if there is no such batch."""
+    note = study.note(f"batch:{batch}")
+    if note is None:
+        return []
+    asked = [t.spec.run_id for t in trials if not t.void]
+    runs = [due_of(entry) for entry in note["runs"]]
+    return [due for due in runs if asked.count(due.spec.run_id) < due.nth]
+
+
+def due_entry(due: Due) -> dict[str, Any]:
+    """JSON-safe form of a run that is due."""
+    return {
+        "spec": due.spec.to_json(),
+        "flops": due.flops,
+        "reason": due.reason,
+        "nth": due.nth,
+    }
+
+
+def due_of(entry: dict[str, Any]) -> Due:
+    """Inverse of `due_entry`."""
+    return Due(**{**entry, "spec": RunSpec.from_json(entry["spec"])})

@@ -1,0 +1,126 @@
+"""Stand-ins for inference: a 'posterior' that is the best run so far, in milliseconds.
+
+``python tests/fakes.py sweep RECIPE OUT [STORAGE]`` and ``... worker STORAGE NAME OUT`` run the real
+loop in a process of its own, with only the inference replaced.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import json
+import math
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+
+@dataclass(frozen=True)
+class FakePosterior:
+    best_lr: float
+    num_rows: int
+
+    def save(self, path: Path) -> None:
+        path.mkdir(exist_ok=True)
+        (path / "fit.json").write_text(json.dumps({"best_lr": self.best_lr}))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    spec: Any
+    flops: float
+
+
+@dataclass(frozen=True)
+class Proposal:
+    spec: Any
+    flops: float
+    reason: str
+
+
+def fit(runs: Any, prior: str = "moe-default", *, seed: int = 1, **_: Any) -> FakePosterior:
+    ok = runs.frame[runs.frame["status"] == "ok"]
+    excess = ok["loss"] - ok.groupby(["n_active", "tokens"])["loss"].transform("min")
+    weight = (-excess / 0.02).map(math.exp)
+    return FakePosterior(math.exp((ok["lr"].map(math.log) * weight).sum() / weight.sum()), len(ok))
+
+
+def predict(posterior: FakePosterior, targets: Sequence[Any]) -> pd.DataFrame:
+    lr = posterior.best_lr
+    factors = {"lr": 1, "lr_q05": 0.3, "lr_q25": 0.6, "lr_q50": 1, "lr_q75": 1.6, "lr_q95": 3}
+    rows = [
+        {"target_id": t.target_id, **{k: lr * f for k, f in factors.items()}}
+        | {"regret_mean": 0.01, "regret_q95": 0.02, "p_diverge": 0.0, "extrapolation": 1.0}
+        for t in targets
+    ]
+    return pd.DataFrame(rows)
+
+
+def propose(
+    posterior: FakePosterior,
+    candidates: Sequence[Candidate],
+    targets: Sequence[Any],
+    *,
+    num_runs: int,
+    budget_flops: float,
+    seed: int,
+) -> list[Proposal]:
+    """Nearest to the best LR first: depends on every loss so far, so a resumed sweep must agree."""
+
+    def rank(c: Candidate) -> tuple[float, str]:
+        return abs(math.log(c.spec.lr / posterior.best_lr)), c.spec.run_id
+
+    chosen: list[Proposal] = []
+    lines: set[tuple[Any, ...]] = set()
+    for c in sorted(candidates, key=rank):
+        line = (c.spec.shape["name"], c.spec.batch_tokens, c.spec.lr)
+        if line not in lines and c.flops <= budget_flops and len(chosen) < num_runs:
+            lines.add(line)
+            budget_flops -= c.flops
+            chosen.append(Proposal(c.spec, c.flops, f"nearest of {posterior.num_rows} rows"))
+    return chosen
+
+
+def modules() -> dict[str, types.ModuleType]:
+    """Modules by name, as `sys.modules` would hold them."""
+    contents: dict[str, dict[str, Any]] = {
+        "bayeslr.sampling": {"fit": fit},
+        "bayeslr.predict": {"predict": predict},
+        "bayeslr.acquire": {"propose": propose, "Candidate": Candidate},
+        "bayeslr.posterior": {"Posterior": FakePosterior},
+        "bayeslr.report": {"report": lambda posterior, path, targets: path.write_text("<html>")},
+    }
+    made = {}
+    for name, content in contents.items():
+        made[name] = types.ModuleType(name)
+        made[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
+        made[name].__dict__.update(content)
+    return made
+
+
+def main(verb: str, *words: str) -> None:
+    sys.modules.update(modules())
+    from bayeslr.errors import BayeslrError
+    from bayeslr.loop import sweep, work
+
+    def lines(line: str, *, transient: bool = False) -> None:
+        if not transient:
+            print(line, file=sys.stderr, flush=True)
+
+    try:
+        if verb == "sweep":
+            recipe, out, *storage = words
+            sweep(recipe, out, storage=storage[0] if storage else None, progress=lines)
+        else:
+            storage_url, name, out = words
+            work(storage_url, name, out, progress=lines)
+    except BayeslrError as error:
+        sys.exit(f"bayeslr: {error}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
