@@ -15,7 +15,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bayeslr.errors import DataError
-from bayeslr.runs import Rows, RunTable, make_table, read_csv
+from bayeslr.runs import Rows, RunTable, make_table, numbers, read_csv
 
 DENSE_HEADER = ("h", "numl", "lr", "bs", "smooth loss", "exp_name", "D", "N")
 MOE_HEADER = (*DENSE_HEADER, "Na", "nume", "topk")
@@ -44,7 +44,7 @@ def read(path: str | Path, *, family: str | None = None) -> RunTable:
             f"{', '.join(DENSE_HEADER)}; any other table: bayeslr import csv"
         )
     moe = all(name in cells for name in MOE_HEADER)
-    raw = cells.apply(pd.to_numeric, errors="coerce")
+    raw = pd.DataFrame({name: numbers(cells[name])[0] for name in ("lr", "bs", "D")})
     frame = pd.DataFrame(
         {
             "run_id": cells["exp_name"],
@@ -54,7 +54,7 @@ def read(path: str | Path, *, family: str | None = None) -> RunTable:
             "optimizer": "adamw",
             "schedule": "cosine",
             "lr": cells["lr"],
-            "final_lr_fraction": FINAL_LR / raw["lr"],
+            "final_lr_fraction": FINAL_LR / raw["lr"].where(raw["lr"] > FINAL_LR),
             "weight_decay": WEIGHT_DECAY,
             "weight_decay_kind": "coupled",
             "n_active": cells["Na" if moe else "N"],
@@ -78,7 +78,7 @@ def read(path: str | Path, *, family: str | None = None) -> RunTable:
     diverged, cut = diverged_rows(frame)
     frame["status"] = np.where(diverged, "diverged", "ok")
     frame.loc[diverged, "status_reason"] = (
-        f"loss over {cut:.2f} nats above its slice's best at a higher LR"
+        f"loss not finite, or over {cut:.2f} nats above its slice's best at a higher LR"
     )
     return make_table(Rows(frame, rows.place, rows.lines, rows.broken))
 
@@ -89,21 +89,29 @@ def diverged_rows(frame: pd.DataFrame) -> tuple[NDArray[np.bool_], float]:
     A row diverged if its loss is not finite, or if its LR is above that of its slice's best run and
     its loss exceeds the best by more than the cut. The cut is the geometric middle of the widest
     gap (in ratio) between excesses of that side, all slices together, that has at least
-    `_MIN_CONVERGED_EXCESS` below it and at least `_MIN_DIVERGED_EXCESS` above it.
+    `_MIN_CONVERGED_EXCESS` below it and at least `_MIN_DIVERGED_EXCESS` above it. Where even a
+    slice's best is that far above the best of its cell, all of the slice may have diverged, and the
+    best of the cell takes its place.
     """
-    lr, loss = (
-        pd.to_numeric(frame[name], errors="coerce").to_numpy(dtype=np.float64)
-        for name in ("lr", "loss")
-    )
-    slices = frame.groupby(
-        ["n_active", "n_total", "d_model", "n_layers", "tokens", "batch_tokens"], dropna=False
-    ).ngroup()
-    finite = np.isfinite(loss)
-    order = pd.DataFrame({"slice": slices, "loss": np.where(finite, loss, np.inf)})
-    best = order.groupby("slice")["loss"].idxmin().reindex(slices).to_numpy()
-    excess = np.where(finite & (lr > lr[best]), loss - loss[best], 0.0)
-    cut = _widest_gap(excess[excess > 0])
-    return ~finite | (excess > cut), cut
+    lr, loss = (numbers(frame[name])[0] for name in ("lr", "loss"))
+    comparable = np.where(np.isfinite(loss), loss, np.inf)
+    cell_keys = ["n_active", "n_total", "d_model", "n_layers", "tokens"]
+    best_of_slice = _best(frame, [*cell_keys, "batch_tokens"], comparable)
+    best_of_cell = _best(frame, cell_keys, comparable)
+    with np.errstate(invalid="ignore"):
+        lost = comparable[best_of_slice] - comparable[best_of_cell] > DEFAULT_EXCESS
+        best = np.where(lost, best_of_cell, best_of_slice)
+        excess = np.where(lr > lr[best], comparable - comparable[best], 0.0)
+    cut = _widest_gap(excess[np.isfinite(excess) & (excess > 0)])
+    return ~np.isfinite(loss) | (excess > cut), cut
+
+
+def _best(frame: pd.DataFrame, keys: list[str], loss: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Position of the best row of each row's group, (num_rows,)."""
+    group = frame.groupby(keys, dropna=False).ngroup().to_numpy()
+    order = np.lexsort((loss, group))
+    first = order[np.r_[True, np.diff(group[order]) > 0]]
+    return first[group]
 
 
 def _widest_gap(excess: NDArray[np.float64]) -> float:
