@@ -194,7 +194,7 @@ def _import(format_name: str, path: Path, out: Path, dry_run: bool, **options: A
     from bayeslr.runs import write_atomically
 
     table = importers.read(format_name, str(path), **options)
-    typer.echo(f"{path}: {len(table)} rows accepted")
+    typer.echo(f"{path}: {len(table)} row{'s' if len(table) > 1 else ''} accepted")
     for name, rows in table.frame.groupby("family", sort=False):
         counts = ", ".join(f"{n} {s}" for s, n in rows["status"].value_counts().items())
         typer.echo(f"  {name}: {counts}")
@@ -258,8 +258,8 @@ def _family_lines(family: dict[str, Any]) -> str:
     counts = ", ".join(f"{n} {status}" for status, n in family["status"].items())
     lines = [
         f"family {family['family']} ({', '.join(family['arch'])}): {family['runs']} runs; {counts}",
-        f"  {family['shapes']} shapes, {family['cells']} cells (shape x tokens), "
-        f"{family['slices']} slices (cell x batch)",
+        f"  shapes: {family['shapes']}; cells (shape x tokens): {family['cells']}; "
+        f"slices (cell x batch): {family['slices']}",
     ]
     if family["lrs_per_slice"]:
         low, high = family["lrs_per_slice"]

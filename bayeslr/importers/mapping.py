@@ -5,13 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bayeslr.errors import SpecError
-from bayeslr.runs import ALIASES, COLUMNS, REQUIRED_NAMES, Rows, nearest, numbers
+from bayeslr.errors import DataError, SpecError
+from bayeslr.runs import (
+    ALIASES,
+    COLUMNS,
+    REQUIRED_NAMES,
+    Rows,
+    RunTable,
+    make_table,
+    nearest,
+    numbers,
+)
 from bayeslr.units import parse_quantity
 
 # Columns that rules look at without their being part of the run table.
@@ -91,6 +102,122 @@ def parse_constants(texts: Sequence[str]) -> dict[str, str | float]:
     return constants
 
 
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Where every column comes from: what the user said, then what the tool's names suggest.
+
+    guessed: columns found by their names alone. place: the file.
+    """
+
+    sources: dict[str, Source]
+    constants: dict[str, str | float]
+    guessed: dict[str, Source]
+    place: str
+    warnings: tuple[str, ...] = ()
+
+    def values(self, name: str, frame: pd.DataFrame) -> pd.Series[Any]:
+        """A column as it will be imported; all missing if it has no source."""
+        if name in self.constants:
+            return pd.Series([self.constants[name]] * len(frame), index=frame.index, dtype=object)
+        source = self.sources.get(name) or self.guessed.get(name)
+        if source is None:
+            return pd.Series(np.full(len(frame), None, dtype=object), index=frame.index)
+        return _product(frame, source)
+
+
+def plan(
+    rows: Rows,
+    *,
+    names: Mapping[str, str],
+    family: str | None,
+    mapping: Sequence[str],
+    constants: Sequence[str],
+) -> Plan:
+    """Plan of an import from a tracker, whose column names depend on its user.
+
+    names: header by the name to look at, as from `look_names`.
+    """
+    headers = [str(name) for name in rows.frame.columns]
+    sources = parse_mapping(mapping, headers, rows.place)
+    fixed = parse_constants(constants)
+    warnings = []
+    if family is not None:
+        fixed["family"] = family
+    elif "family" not in sources and "family" not in fixed:
+        fixed["family"] = Path(rows.place).stem
+        warnings.append(f"no --family was given: all runs are of family {fixed['family']!r}")
+    known = [*sources, *fixed]
+    return Plan(
+        sources={name: source for name, source in sources.items() if name not in fixed},
+        constants=fixed,
+        guessed=guess(names, known),
+        place=rows.place,
+        warnings=tuple(warnings),
+    )
+
+
+def finish(rows: Rows, made: Plan, given: Mapping[str, pd.Series[Any] | str]) -> RunTable:
+    """Checked table. given: columns that the importer made itself; the user's word goes first.
+
+    Raises: DataError that names the required columns without a source.
+    """
+    own = {n: v for n, v in given.items() if n not in made.sources and n not in made.constants}
+    guessed = {name: source for name, source in made.guessed.items() if name not in own}
+    known = [*own, *guessed, *made.sources, *made.constants]
+    missing = [name for name in REQUIRED_NAMES if name not in known]
+    if missing:
+        headers = [str(name) for name in rows.frame.columns]
+        likely = " ".join(f"--map {text}" for text in propose(headers, known))
+        told = f"Perhaps {likely}. " if likely else ""
+        raise DataError(
+            f"{made.place} gives no {', '.join(missing)}. {told}Name a column with --map "
+            "ours=theirs (batch_tokens=batch_size*seq_len multiplies), or a value that all runs "
+            f"share with --set ours=value. Its columns: {', '.join(headers)}"
+        )
+    warnings = list(made.warnings)
+    if guessed:
+        pairs = ", ".join(f"{name} from {str(source)!r}" for name, source in guessed.items())
+        warnings.append(f"taken by name: {pairs}; --map overrules")
+    mapped = apply(rows, {**guessed, **made.sources}, made.constants, own)
+    return make_table(mapped, warnings=warnings)
+
+
+def look_names(headers: Sequence[str], prefixes: Sequence[str] = ()) -> dict[str, str]:
+    """Header by the name to look at: without the prefix, and its last part where that is unique.
+
+    ``optimizer.learning_rate`` is also looked at as ``learning_rate``. Of two headers that become
+    one name, the one whose prefix comes first in ``prefixes`` is meant.
+    """
+    names: dict[str, str] = {}
+    for prefix in (*prefixes, ""):
+        for header in headers:
+            if header.startswith(prefix):
+                names.setdefault(header.removeprefix(prefix), header)
+    last = [(name.replace("/", ".").rpartition(".")[2], header) for name, header in names.items()]
+    parts = [part for part, _ in last]
+    for part, header in last:
+        if parts.count(part) == 1:
+            names.setdefault(part, header)
+    return names
+
+
+def statuses(
+    states: pd.Series[Any], words: Mapping[str, str], loss: pd.Series[Any]
+) -> tuple[pd.Series[Any], pd.Series[Any]]:
+    """Status and reason of each run from the tool's state and the loss.
+
+    A loss written as NaN or infinity is divergence, whatever the state; a state that is not among
+    ``words`` stays as it is, for the checks.
+    """
+    told = states.astype(object).where(states.notna(), "").astype(str).str.strip()
+    status = told.str.lower().map(dict(words)).astype(object)
+    status = status.where(status.notna(), told)
+    cells = loss.astype(object).where(loss.notna(), "").astype(str).str.strip()
+    blown = cells.str.lower().str.fullmatch(r"[+-]?(nan|inf|infinity)").astype(bool)
+    reason = "state " + told
+    return status.mask(blown, "diverged"), reason.mask(blown, "loss " + cells + ", state " + told)
+
+
 def guess(headers: Mapping[str, str], known: Sequence[str]) -> dict[str, Source]:
     """Sources of our columns by the names that tools commonly use; nothing is guessed by likeness.
 
@@ -118,9 +245,14 @@ def propose(headers: Sequence[str], known: Sequence[str]) -> list[str]:
     return [f"{name}={header}" for name, header in likely.items() if header is not None]
 
 
-def apply(rows: Rows, sources: Mapping[str, Source], constants: Mapping[str, str | float]) -> Rows:
+def apply(
+    rows: Rows,
+    sources: Mapping[str, Source],
+    constants: Mapping[str, str | float],
+    given: Mapping[str, pd.Series[Any] | str] = MappingProxyType({}),
+) -> Rows:
     """Rows with our columns first; their other columns follow, ``theirs.`` before a taken name."""
-    columns: dict[str, Any] = {}
+    columns: dict[str, Any] = dict(given)
     for name, source in sources.items():
         columns[name] = _product(rows.frame, source)
     for name, value in constants.items():

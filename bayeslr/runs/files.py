@@ -72,9 +72,9 @@ def read_csv(path: Path) -> Rows:
 
 
 def _header(cells: list[str], path: Path) -> list[str]:
-    """Column names; one of no concern to us that stands twice becomes ``name (2)``."""
-    names = [name.strip() for name in cells]
-    if not any(names):
+    """Column names; a repeated one that is not ours becomes ``name (2)``, none ``column 1``."""
+    names = [name.strip() or f"column {i}" for i, name in enumerate(cells, start=1)]
+    if not any(name.strip() for name in cells):
         raise DataError(f"{path} has no header in its first line")
     header: list[str] = []
     for name in names:

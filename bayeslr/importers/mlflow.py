@@ -1,0 +1,68 @@
+"""Runs of MLflow: the CSV of an experiment's page, or that of ``mlflow.search_runs()``.
+
+The page writes parameters, metrics and tags without prefixes, search_runs with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from bayeslr.errors import DataError
+from bayeslr.importers.mapping import finish, look_names, plan, statuses
+from bayeslr.runs import RunTable, read_csv
+
+STATES = {
+    "finished": "ok",
+    "running": "partial",
+    "failed": "failed",
+    "killed": "lost",
+    "scheduled": "lost",
+    "unfinished": "lost",
+}
+
+
+def read(
+    path: str | Path,
+    *,
+    family: str | None = None,
+    mapping: Sequence[str] = (),
+    constants: Sequence[str] = (),
+) -> RunTable:
+    """Run table of MLflow runs. mapping, constants: as in `bayeslr.importers.csv`."""
+    rows = read_csv(Path(path))
+    headers = [str(name) for name in rows.frame.columns]
+    id_header = next((h for h in ("run_id", "Run ID") if h in headers), None)
+    if id_header is None:
+        raise DataError(
+            f"{rows.place} has neither run_id nor Run ID, so it is no export of MLflow; "
+            "any other table: bayeslr import csv"
+        )
+    names = look_names(headers, prefixes=("metrics.", "params.", "tags."))
+    made = plan(rows, names=names, family=family, mapping=mapping, constants=constants)
+    given: dict[str, pd.Series[Any] | str] = {"run_id": rows.frame[id_header], "source": "mlflow"}
+    state = next((h for h in ("status", "Status") if h in headers), None)
+    if state is not None:
+        loss = made.values("loss", rows.frame)
+        given["status"], given["status_reason"] = statuses(rows.frame[state], STATES, loss)
+    start = next((h for h in ("start_time", "Start Time") if h in headers), None)
+    if start is not None:
+        given["created_at"] = rows.frame[start]
+    if {"start_time", "end_time"} <= set(headers):
+        given["wall_s"] = _seconds(rows.frame["end_time"]) - _seconds(rows.frame["start_time"])
+    elif "Duration" in headers:
+        given["wall_s"] = _duration(rows.frame["Duration"])
+    return finish(rows, made, given)
+
+
+def _seconds(times: pd.Series[Any]) -> pd.Series[Any]:
+    stamps = pd.to_datetime(times, errors="coerce", utc=True, format="mixed")
+    return (stamps - pd.Timestamp(0, tz="UTC")) / pd.Timedelta(seconds=1)
+
+
+def _duration(texts: pd.Series[Any]) -> pd.Series[Any]:
+    """Seconds from texts such as ``2.5min``, ``1.2h``, ``340ms``; missing where unreadable."""
+    return pd.to_timedelta(texts, errors="coerce") / pd.Timedelta(seconds=1)
