@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 
 import numpy as np
 import pandas as pd
@@ -154,15 +155,14 @@ def _check_loss_unit(frame: pd.DataFrame, rejects: Rejects) -> None:
     kinds = _folded(frame, "loss_kind")
     in_bits = kinds.str.contains(_BITS).to_numpy()
     for name in frame.columns:
-        beside = pd.Series([name.lower()])
-        if name == "loss_kind" or frame[name].dtype.kind not in "fiu":
+        if frame[name].dtype.kind not in "fiu":
             continue
         values = frame[name].to_numpy(dtype=np.float64)
         with np.errstate(invalid="ignore", divide="ignore"):
-            if beside.str.contains(_BITS).any():
-                in_bits |= np.isclose(values, loss, rtol=1e-6, atol=0)
-            elif beside.str.contains(_PERPLEXITY).any():
-                in_bits |= np.isclose(np.log2(values), loss, rtol=2e-3, atol=0)
+            if re.search(_BITS, name.lower()):
+                in_bits = in_bits | np.isclose(values, loss, rtol=1e-6, atol=0)
+            elif re.search(_PERPLEXITY, name.lower()):
+                in_bits = in_bits | np.isclose(np.log2(values), loss, rtol=2e-3, atol=0)
     rejects.add(
         in_bits & np.isfinite(loss),
         "loss",
@@ -264,7 +264,7 @@ def _check_units(frame: pd.DataFrame, rejects: Rejects) -> None:
         "did you mean millions or billions? Give 1300000000, not 1.3",
     )
     rejects.add(
-        (n_active >= 1e7) & ((batch < 512) | (horizon > 1e7 * batch)) & doubted,
+        (n_active >= 1e7) & (batch < np.where(horizon > 1e7 * batch, 16384, 512)) & doubted,
         "batch_tokens",
         "batch_tokens counts tokens a step, and these are too few for the model",
         "did you mean sequences? Multiply them by seq_len",
