@@ -47,6 +47,7 @@ def load(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # A damaged file raises whatever the part of the unpickler that trips over it raises.
     except Exception as error:
         raise StorageError(
             f"{path} cannot be read ({type(error).__name__}); delete it to start the run afresh"

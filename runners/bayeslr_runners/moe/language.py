@@ -17,7 +17,8 @@ from bayeslr.errors import SpecError
 
 UNIFORM_SHARE = 0.05
 _MAX_CONTEXTS = 2**20
-_NUM_CHAINS = 4096
+# Chains are sampled side by side; each is long against any window cut out of it.
+_MAX_CHAINS, _MIN_LENGTH = 4096, 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,7 @@ class MarkovLanguage:
     def sample(self, num_tokens: int, *, seed: int) -> NDArray[np.uint16]:
         """Tokens of many independent chains, one after another."""
         rng = np.random.default_rng([seed, 1])
-        num_chains = min(_NUM_CHAINS, num_tokens)
+        num_chains = max(1, min(_MAX_CHAINS, num_tokens // _MIN_LENGTH))
         length = -(-num_tokens // num_chains)
         context = rng.choice(len(self.successors), size=num_chains, p=self.stationary())
         cumulative = np.cumsum(self.probabilities, axis=1)[:, :-1]
