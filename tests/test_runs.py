@@ -6,6 +6,7 @@ import errno
 import json
 import math
 import os
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def run(**changes: Any) -> dict[str, Any]:
 
 def sweep(**changes: Any) -> list[dict[str, Any]]:
     """Two sizes at two token counts each and two batches, five LRs in every slice."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for n in (1e8, 2e8):
         for tokens in (2e9, 4e9):
             for batch in (2**17, 2**19):
@@ -604,3 +605,11 @@ def test_a_hundred_thousand_rows_in_a_few_seconds(broken: str) -> None:
     # Measured 0.6 to 1 s on one core; the bound allows for a busy machine.
     assert time.perf_counter() - start < 10
     assert len(table) == (num // 2 if broken == "half" else num)
+
+
+def test_every_column_is_documented(root: Path) -> None:
+    text = (root / "docs" / "run-table.md").read_text()
+    missing = [c.name for c in COLUMNS if not re.search(rf"\b{c.name}\b", text)]
+    assert missing == []
+    required = re.findall(r"^\| \*\*(\w+)\*\*", text, flags=re.MULTILINE)
+    assert required == [column.name for column in COLUMNS if column.required]
