@@ -52,9 +52,9 @@ class RecordedRunner(Runner, Protocol):
 class Trial:
     """One run as the study knows it.
 
-    state: ``running``, or the run's final status (``ok``, ``diverged``, ``failed``, ``lost``,
-    ``pruned``). ``flops`` is what was reserved; after the end, what was spent. ``void`` trials
-    were refused (budget, or another worker had asked for the same run): nothing was trained.
+    state: ``waiting``, ``running``, or the run's final status (``ok``, ``diverged``, ``failed``,
+    ``lost``, ``pruned``). ``flops`` is what was reserved; after the end, what was spent. ``void``
+    trials were refused (budget, or another worker had asked for the same run): nothing was trained.
     ``lease_s`` is the age of the owner's last sign of life, in seconds.
     """
 
@@ -72,7 +72,7 @@ class Trial:
     @property
     def finished(self) -> bool:
         """Whether the run has ended, in whatever way."""
-        return self.state != "running"
+        return self.state not in ("waiting", "running")
 
     @property
     def status_reason(self) -> str:
@@ -151,6 +151,9 @@ def spec_row(spec: RunSpec) -> dict[str, Any]:
     return {**row, "planned_tokens": spec.tokens}
 
 
+_SINGULAR = {"bayeslr.runners": "runner", "bayeslr.studies": "study"}
+
+
 def find_entry_point(group: str, name: str) -> Any:
     """Object behind an entry point, such as group ``bayeslr.runners``, name ``moe``.
 
@@ -159,7 +162,7 @@ def find_entry_point(group: str, name: str) -> Any:
     found = {point.name: point for point in entry_points(group=group)}
     if name not in found:
         raise SpecError(
-            f"nothing named {name!r} among the entry points {group}; installed: "
+            f"no {_SINGULAR.get(group, group)} named {name!r}; installed: "
             f"{', '.join(sorted(found)) or 'none'}"
         )
     try:

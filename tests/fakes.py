@@ -1,7 +1,7 @@
 """Stand-ins for inference: a 'posterior' that is the best run so far, in milliseconds.
 
-``python tests/fakes.py sweep RECIPE OUT [STORAGE]`` and ``... worker STORAGE NAME OUT`` run the real
-loop in a process of its own, with only the inference replaced.
+``python tests/fakes.py sweep RECIPE OUT [STORAGE]`` and ``... worker STORAGE NAME OUT`` run the
+real loop in a process of its own, with only the inference replaced.
 """
 
 from __future__ import annotations
@@ -100,6 +100,71 @@ def modules() -> dict[str, types.ModuleType]:
         made[name].__spec__ = importlib.machinery.ModuleSpec(name, None)
         made[name].__dict__.update(content)
     return made
+
+
+TOY_ARGV = ["{python}", "-m", "bayeslr_runners.toy", "{spec}", "{records}", "{dir}"]
+
+
+def toy_recipe(**changes: Any) -> dict[str, Any]:
+    """Recipe document of a small sweep of the toy trainer; ``sweep__seed=3`` changes one value."""
+    document: dict[str, Any] = {
+        "sweep": {
+            "name": "toy",
+            "runner": "command",
+            "family": "toy",
+            "budget_flops": 6e12,
+            "start_runs": 6,
+        },
+        "space": {
+            "tokens": [200_000, 400_000],
+            "batch_tokens": [4096],
+            "shapes": [
+                {"name": "small", "n_active": 100_000, "n_total": 200_000},
+                {"name": "medium", "n_active": 300_000, "n_total": 600_000},
+            ],
+            "lr": {"low": 1e-3, "high": 6.4e-2},
+        },
+        "targets": [
+            {
+                "target_id": "big",
+                "tokens": "1M",
+                "batch_tokens": 4096,
+                "shape": {"name": "large", "n_active": 1_000_000, "n_total": 2_000_000},
+            }
+        ],
+        "run": {"seq_len": 64},
+        "options": {"argv": TOY_ARGV, "seconds": 0.0},
+    }
+    for path, value in changes.items():
+        *tables, name = path.split("__")
+        table = document
+        for key in tables:
+            table = table[key]
+        table[name] = value
+    return document
+
+
+def write_recipe(path: Path, document: dict[str, Any]) -> Path:
+    """The document as a recipe file."""
+    from bayeslr.loop import to_toml
+
+    path.write_text(to_toml(document), encoding="utf-8")
+    return path
+
+
+def finished_runs(out: Path, name: str = "toy", storage: str | None = None) -> dict[str, Any]:
+    """Loss by horizon of every ended run of a sweep, by run_id."""
+    from bayeslr_runners.study import open_study
+
+    study = open_study(storage, name, out, None)
+    trials = [t for t in study.trials() if t.finished and not t.void]
+    study.close()
+    ids = [t.spec.run_id for t in trials]
+    assert len(set(ids)) == len(ids), "a run was made twice"
+    return {
+        t.spec.run_id: (t.state, {r["tokens"]: r["loss"] for r in t.records if r["status"] == "ok"})
+        for t in trials
+    }
 
 
 def main(verb: str, *words: str) -> None:
