@@ -1,0 +1,245 @@
+"""Prior cards: distributions with units and sources, read from TOML; code has no prior of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from bayeslr.errors import SpecError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+REFERENCE_KEYS = ("n_active", "n_total", "tokens")
+_SHAPE_KEYS = {"normal": ("mean", "sd"), "lognormal": ("median", "log_sd")}
+_TEXT_KEYS = ("unit", "source", "why")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Distribution:
+    """One parameter's prior.
+
+    kind ``normal``: ``location`` is the mean, ``scale`` the sd. kind ``lognormal``: ``location`` is
+    the median, ``scale`` the sd of the natural log, support (0, inf).
+    """
+
+    name: str
+    kind: str
+    location: float
+    scale: float
+    unit: str
+    source: str
+    why: str = ""
+
+    @property
+    def support(self) -> str:
+        """Where the density is positive."""
+        return "real" if self.kind == "normal" else "positive"
+
+    def draw(self, rng: np.random.Generator, num_draws: int) -> NDArray[np.float64]:
+        """Independent draws, shape (num_draws,)."""
+        raw = rng.normal(size=num_draws)
+        if self.kind == "normal":
+            return self.location + self.scale * raw
+        import numpy as np
+
+        return np.asarray(self.location * np.exp(self.scale * raw), dtype=np.float64)
+
+    def interval(self, prob: float = 0.9) -> tuple[float, float]:
+        """Central interval of mass ``prob``."""
+        from statistics import NormalDist
+
+        half = NormalDist().inv_cdf(0.5 + prob / 2) * self.scale
+        if self.kind == "normal":
+            return self.location - half, self.location + half
+        return self.location * math.exp(-half), self.location * math.exp(half)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prior:
+    """A prior card.
+
+    ``reference`` holds the scale (n_active, n_total, tokens) at which the intercepts are stated.
+    ``sha256`` is the hash of the card's own text and of the card it extends.
+    """
+
+    name: str
+    title: str
+    date: str
+    holds_for: Mapping[str, str]
+    reference: Mapping[str, float]
+    parameters: Mapping[str, Distribution]
+    sha256: str
+    extends: str | None = None
+    path: Path | None = field(default=None, compare=False)
+
+    def __getitem__(self, name: str) -> Distribution:
+        """Distribution of one parameter. Raises: SpecError if the card does not hold it."""
+        if name not in self.parameters:
+            raise SpecError(f"prior card {self.name!r} has no parameter {name!r}")
+        return self.parameters[name]
+
+    @classmethod
+    def load(cls, name: str) -> Self:
+        """Read a card by its name, or from a path that ends in .toml."""
+        card = load_prior(name)
+        assert isinstance(card, cls)
+        return card
+
+    @property
+    def log_reference(self) -> dict[str, float]:
+        """Natural logs of the reference: log_n_active, log_sparsity, log_tokens."""
+        log_n_active = math.log(self.reference["n_active"])
+        return {
+            "log_n_active": log_n_active,
+            "log_sparsity": log_n_active - math.log(self.reference["n_total"]),
+            "log_tokens": math.log(self.reference["tokens"]),
+        }
+
+
+# Every parameter that the valley model needs, in the order of a card.
+PARAMETERS: dict[str, str] = {
+    "lr_intercept": "ln LR* at the reference scale and its best batch",
+    "lr_n_active": "exponent of LR* in active parameters, at fixed sparsity and at the best batch",
+    "lr_sparsity": "exponent of LR* in n_active / n_total at fixed n_active",
+    "lr_tokens": "exponent of LR* in tokens, at the best batch",
+    "lr_batch_below": "exponent of LR* in batch, far below the best batch",
+    "lr_batch_above": "exponent of LR* in batch, far above the best batch",
+    "lr_unannealed": "shift of ln LR* when the loss is read off before the LR has decayed",
+    "lr_family_sd": "recipe-to-recipe sd of ln LR*",
+    "lr_slope_family_sd": "recipe-to-recipe sd of the exponents of LR*",
+    "lr_shape_sd": "sd of ln LR* peculiar to a shape",
+    "lr_cell_sd": "sd of ln LR* peculiar to a cell",
+    "lr_slice_sd": "sd of ln LR* peculiar to a slice",
+    "best_batch_intercept": "ln best batch (tokens) at the reference scale",
+    "best_batch_n_active": "exponent of the best batch in active parameters",
+    "best_batch_tokens": "exponent of the best batch in tokens",
+    "best_batch_family_sd": "recipe-to-recipe sd of ln best batch",
+    "best_batch_cell_sd": "sd of ln best batch peculiar to a cell",
+    "curvature_intercept": "valley curvature at the reference scale",
+    "curvature_n_active": "exponent of the curvature in active parameters",
+    "curvature_tokens": "exponent of the curvature in tokens",
+    "curvature_batch": "exponent of the curvature in batch / best batch",
+    "curvature_family_sd": "recipe-to-recipe sd of the log curvature",
+    "curvature_slice_sd": "sd of the log curvature peculiar to a slice",
+    "skew": "third derivative of the valley over its curvature: the high-LR side is steeper",
+    "skew_family_sd": "recipe-to-recipe sd of the log skew",
+    "edge_offset": "distance of the divergence edge above LR*, at the best batch",
+    "edge_family_sd": "recipe-to-recipe sd of the log distance of the edge",
+    "edge_batch": "share of the batch effect on LR* that moves the edge too",
+    "edge_width": "width of the divergence edge",
+    "diverged_loss": "loss above the floor charged for a run that diverges",
+    "loss_irreducible": "loss that neither parameters nor tokens remove",
+    "loss_n_active": "loss that more parameters would remove, at the centre of the data",
+    "loss_tokens": "loss that more tokens would remove, at the centre of the data",
+    "loss_exponent_n_active": "exponent of the loss in active parameters",
+    "loss_exponent_tokens": "exponent of the loss in tokens",
+    "loss_shape_sd": "sd of the floor peculiar to a shape",
+    "loss_cell_sd": "sd of the floor peculiar to a cell",
+    "loss_slice_sd": "sd of the floor peculiar to a slice",
+    "penalty_scale": "curvature of the floor in ln(batch / best batch)",
+    "penalty_skew": "skew of the floor in ln(batch / best batch): large batches cost more",
+    "penalty_tokens": "exponent of the batch penalty in tokens",
+    "noise_sd": "seed noise of a final loss",
+    "noise_share": "misfit of the valley as a share of the excess",
+    "noise_dof": "degrees of freedom of the noise, above one",
+}
+
+
+def _folder() -> Path:
+    """Folder of the shipped cards: in the wheel, else in the checkout beside pyproject.toml."""
+    installed = Path(str(files("bayeslr"))) / "_priors"
+    if installed.is_dir():
+        return installed
+    checkout = Path(str(files("bayeslr"))).parent
+    if (checkout / "pyproject.toml").is_file() and (checkout / "priors").is_dir():
+        return checkout / "priors"
+    raise SpecError("the prior cards are missing from this installation; reinstall bayeslr")
+
+
+def list_priors() -> list[str]:
+    """Names of the shipped cards, sorted."""
+    return sorted(path.stem for path in _folder().glob("*.toml"))
+
+
+def load_prior(name: str | Path) -> Prior:
+    """Read a shipped card by name, or any card by a path that ends in .toml.
+
+    Raises: SpecError if it does not exist or breaks a rule.
+    """
+    path = Path(name) if str(name).endswith(".toml") else _folder() / f"{name}.toml"
+    return _parse(path, seen=())
+
+
+def _parse(path: Path, seen: tuple[Path, ...]) -> Prior:
+    where = f"prior card {path.stem!r}"
+    try:
+        text = path.read_bytes()
+        raw = tomllib.loads(text.decode("utf-8"))
+    except FileNotFoundError as error:
+        raise SpecError(f"no {where}; the shipped cards are {', '.join(list_priors())}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SpecError(f"{where} is not valid TOML: {error}") from error
+    allowed = {"name", "title", "date", "extends", "holds_for", "reference", "parameters"}
+    if unknown := sorted(set(raw) - allowed):
+        raise SpecError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+    digest = hashlib.sha256(text)
+    base: Prior | None = None
+    if "extends" in raw:
+        if path in seen:
+            raise SpecError(f"{where} extends itself through {[p.stem for p in seen]}")
+        sibling = path.with_name(f"{raw['extends']}.toml")
+        parent = sibling if sibling.is_file() else _folder() / f"{raw['extends']}.toml"
+        base = _parse(parent, (*seen, path))
+        digest.update(base.sha256.encode())
+    parameters = dict(base.parameters) if base else {}
+    for name, entry in raw.get("parameters", {}).items():
+        parameters[name] = _distribution(name, entry, where)
+    if missing := [name for name in PARAMETERS if name not in parameters]:
+        raise SpecError(f"{where}: parameter {missing[0]!r} is missing ({PARAMETERS[missing[0]]})")
+    reference = {**(base.reference if base else {}), **raw.get("reference", {})}
+    for key in REFERENCE_KEYS:
+        if not float(reference.get(key, 0.0)) > 0:
+            raise SpecError(f"{where}, [reference]: {key} must be > 0, got {reference.get(key)!r}")
+    return Prior(
+        name=raw.get("name", path.stem),
+        title=raw.get("title", ""),
+        date=str(raw.get("date", "")),
+        holds_for={**(base.holds_for if base else {}), **raw.get("holds_for", {})},
+        reference={key: float(reference[key]) for key in REFERENCE_KEYS},
+        parameters={name: parameters[name] for name in PARAMETERS},
+        sha256=digest.hexdigest(),
+        extends=raw.get("extends"),
+        path=path,
+    )
+
+
+def _distribution(name: str, entry: Mapping[str, Any], where: str) -> Distribution:
+    where = f"{where}, parameter {name!r}"
+    if name not in PARAMETERS:
+        raise SpecError(f"{where}: the model has no such parameter")
+    kind = entry.get("distribution")
+    if kind not in _SHAPE_KEYS:
+        raise SpecError(f"{where}: distribution must be normal or lognormal, got {kind!r}")
+    keys = _SHAPE_KEYS[kind]
+    if unknown := sorted(set(entry) - {"distribution", *keys, *_TEXT_KEYS}):
+        raise SpecError(f"{where}: unknown key {unknown[0]!r}; a {kind} takes {keys[0]}, {keys[1]}")
+    for key in (*keys, "unit", "source"):
+        if key not in entry:
+            raise SpecError(f"{where}: {key} is missing; each value names its unit and its source")
+    location, scale = float(entry[keys[0]]), float(entry[keys[1]])
+    if not (math.isfinite(location) and math.isfinite(scale) and scale > 0):
+        raise SpecError(f"{where}: {keys[1]} must be > 0 and both finite, got {location}, {scale}")
+    if kind == "lognormal" and location <= 0:
+        raise SpecError(f"{where}: the median of a lognormal must be > 0, got {location}")
+    return Distribution(
+        name=name, kind=kind, location=location, scale=scale,
+        unit=entry["unit"], source=entry["source"], why=entry.get("why", ""),
+    )  # fmt: skip
