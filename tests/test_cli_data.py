@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import typer
-from typer.testing import CliRunner
 
 from bayeslr.cli.data import check, import_app, quarantine_path
 from bayeslr.errors import DataError, SpecError
@@ -29,9 +30,10 @@ STEPLAW = "h,numl,lr,bs,loss,smooth loss,exp_name,D,N\n" + "".join(
 
 def bayeslr(*words: object) -> tuple[str, str]:
     """Standard output and error of a command that must succeed."""
-    result = CliRunner().invoke(app, [str(word) for word in words], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout, result.stderr
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        app([str(word) for word in words], standalone_mode=False)
+    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture

@@ -99,6 +99,13 @@ def test_canonical_frame() -> None:
     assert make_table([run()]).frame["arch"].iloc[0] == "dense"
 
 
+def test_the_callers_frame_is_left_alone() -> None:
+    frame = pd.DataFrame([run(), run(run_id="b", loss=math.inf, status="diverged", note=[1])])
+    before = frame.copy(deep=True)
+    make_table(frame)
+    pd.testing.assert_frame_equal(frame, before)
+
+
 def test_given_flops_are_kept() -> None:
     assert make_table([run(flops=1e17)]).frame["flops"].iloc[0] == 1e17
 
@@ -133,8 +140,9 @@ def test_checkpoints_and_decay_branches_share_a_run_id() -> None:
         run(tokens=1e9, status="partial", loss=3.3, planned_tokens=2e9),
         run(tokens=1e9, status="ok", loss=3.1),
         run(tokens=2e9, status="ok", loss=3.0),
+        run(tokens=2e9, status="diverged", loss=None, planned_tokens=8e9),
     ]
-    assert len(make_table(rows)) == 3
+    assert len(make_table(rows)) == 4
 
 
 def test_tiny_proxies_are_real() -> None:

@@ -274,7 +274,8 @@ def _check_units(frame: pd.DataFrame, rejects: Rejects) -> None:
 def _check_runs(frame: pd.DataFrame, rejects: Rejects, warnings: list[str]) -> None:
     """Rows of one run_id: checkpoints and decay branches of one run, each at its token count.
 
-    A checkpoint (status partial) and the end of a decay branch may share a token count.
+    A checkpoint (status partial) and the end of a decay branch may share a token count, and so may
+    the end of one branch and the divergence of a longer one, told apart by planned_tokens.
     """
     good = frame.loc[~rejects.hit]
     if not good["run_id"].duplicated().any():
@@ -287,10 +288,10 @@ def _check_runs(frame: pd.DataFrame, rejects: Rejects, warnings: list[str]) -> N
         f"duplicated run_id: rows of one run agree in {', '.join(RUN_KEYS)}",
         "give each run its own run_id",
     )
-    place = frame.loc[~rejects.hit, ["run_id", "tokens"]]
+    place = frame.loc[~rejects.hit, ["run_id", "tokens", "planned_tokens"]]
     place = place.assign(checkpoint=frame["status"] == "partial")
     # A resumed run reports its last measurement again, at another time and on another machine.
-    result = ["loss", "status", "param_convention", "planned_tokens"]
+    result = ["loss", "status", "param_convention"]
     repeats = place.index[place.join(frame[result]).duplicated(keep="first")]
     rejects.add(
         _rows(frame, repeats),
