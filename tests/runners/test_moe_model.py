@@ -42,7 +42,7 @@ def tokens(num_sequences: int = 3, seq_len: int = 12, vocab_size: int = 50) -> t
 def test_load_balance_loss_is_one_at_uniform_routing_in_each_layer() -> None:
     model = build()
     for block in model.blocks:
-        torch.nn.init.zeros_(block.moe.router.weight)  # every score 1/E
+        torch.nn.init.zeros_(block.moe.router)  # every score 1/E
     _, stats = model(tokens())
     assert len(stats) == SHAPE.n_layers
     for layer in stats:
@@ -215,7 +215,7 @@ def test_same_seed_same_weights_and_the_global_generator_is_left_alone() -> None
     assert torch.equal(torch.random.get_rng_state(), before)
     for a, b in zip(first.parameters(), again.parameters(), strict=True):
         assert torch.equal(a, b)
-    assert not torch.equal(first.head.weight, other.head.weight)
+    assert not torch.equal(first.head, other.head)
 
 
 @pytest.mark.parametrize(

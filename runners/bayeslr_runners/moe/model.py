@@ -27,11 +27,11 @@ from bayeslr_runners.moe.shapes import MoeShape
 
 # Parameter-name patterns of MoeTransformer by module group, first match wins.
 NAMING = {
-    "embedding.weight": "embedding",
-    "head.weight": "head",
+    "embedding": "embedding",
+    "head": "head",
     "*norm*": "norm",
     "*attention.*": "attention",
-    "*router.weight": "router",
+    "*router": "router",
     "*up": "expert_up",
     "*down": "expert_down",
 }
@@ -102,7 +102,7 @@ class MoeLayer(nn.Module):
         self.gates = options.gates or rules.gates
         self.route_scale = rules.route_scale
         self.router_output = rules.groups["router"].output
-        self.router = nn.Linear(d, num_experts, bias=False) if shape.has_router else None
+        self.router = nn.Parameter(torch.empty(num_experts, d)) if shape.has_router else None
         self.experts_up = nn.Parameter(torch.empty(num_experts, d, 2 * hidden))
         self.experts_down = nn.Parameter(torch.empty(num_experts, hidden, d))
         # Shared experts side by side are one wider expert.
@@ -119,7 +119,7 @@ class MoeLayer(nn.Module):
             out_TD = swiglu(x_TD @ self.experts_up[0]) @ self.experts_down[0]
             stats = None
         else:
-            out_TD, stats = self._routed(x_TD, self.router.weight)
+            out_TD, stats = self._routed(x_TD, self.router)
         if self.route_scale != 1.0:
             out_TD = out_TD * self.route_scale
         if self.shared_up is not None and self.shared_down is not None:
@@ -184,13 +184,10 @@ class MoeTransformer(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        # Built without storage, filled from our own generator: the global one is left alone.
-        with torch.device("meta"):
-            self.embedding = nn.Embedding(vocab_size, shape.d_model)
-            self.blocks = nn.ModuleList(Block(shape, rules, options) for _ in range(shape.n_layers))
-            self.norm = RMSNorm(shape.d_model)
-            self.head = nn.Linear(shape.d_model, vocab_size, bias=False)
-        self.to_empty(device="cpu")
+        self.embedding = nn.Parameter(torch.empty(vocab_size, shape.d_model))
+        self.blocks = nn.ModuleList(Block(shape, rules, options) for _ in range(shape.n_layers))
+        self.norm = RMSNorm(shape.d_model)
+        self.head = nn.Parameter(torch.empty(vocab_size, shape.d_model))
         self.embedding_output = rules.groups["embedding"].output
         self.head_output = rules.groups["head"].output
         self._initialise(rules, seed)
@@ -205,12 +202,10 @@ class MoeTransformer(nn.Module):
             else:
                 std = rules.groups[group].init_std
                 parameter.normal_(0.0, std, generator=generator)
-        for buffer in self.buffers():
-            buffer.zero_()
 
     def forward(self, token_BS: Tensor) -> tuple[Tensor, list[LayerStats]]:
         """Logits (B, S, V), and what each router did."""
-        x_BSD = self.embedding(token_BS)
+        x_BSD = F.embedding(token_BS, self.embedding)
         if self.embedding_output != 1.0:
             x_BSD = x_BSD * self.embedding_output
         stats = []
@@ -218,7 +213,7 @@ class MoeTransformer(nn.Module):
             x_BSD, layer_stats = block(x_BSD)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        logits_BSV = self.head(self.norm(x_BSD))
+        logits_BSV = F.linear(self.norm(x_BSD), self.head)
         if self.head_output != 1.0:
             logits_BSV = logits_BSV * self.head_output
         return logits_BSV, stats

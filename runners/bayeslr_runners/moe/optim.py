@@ -1,4 +1,4 @@
-"""AdamW whose parameter groups follow a parametrisation's table; for any torch module."""
+"""AdamW whose parameter groups follow a parametrisation's table."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bayeslr.errors import SpecError
-from bayeslr_runners.moe.options import TrainOptions
 from bayeslr_runners.moe.parametrization import Parametrization
 
 
@@ -47,7 +46,6 @@ def param_groups(
                 "params": parameters,
                 "group": group,
                 "lr": lr * rule.lr,
-                "peak_lr": lr * rule.lr,
                 "weight_decay": decay,
                 "eps": eps * rule.eps,
             }
@@ -65,18 +63,82 @@ def group_of(name: str, naming: Mapping[str, str]) -> str:
     )
 
 
-def build_adamw(
-    groups: list[dict[str, Any]], rules: Parametrization, options: TrainOptions
-) -> torch.optim.AdamW:
-    """AdamW over `param_groups`, with the betas that the parametrisation asks for."""
-    beta1, beta2 = (
-        1.0 - min(1.0, (1.0 - beta) * rules.one_minus_beta)
-        for beta in (options.beta1, options.beta2)
-    )
-    return torch.optim.AdamW(groups, betas=(beta1, beta2), fused=True)
+class AdamW:
+    """AdamW over `param_groups`, each group's weights and gradients one flat tensor.
+
+    The parameters become views of the flat tensors. ``torch.optim`` does the same arithmetic; its
+    optimizers import the compiler, which costs a short run a second.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float) -> None:
+        self.beta1, self.beta2, self.num_steps = beta1, beta2, 0
+        self.groups = [_FlatGroup(group) for group in groups]
+
+    def zero_grad(self) -> None:
+        """Clear the gradients before a backward pass."""
+        for group in self.groups:
+            group.grad.zero_()
+
+    def clip_grad(self, max_norm: float) -> Tensor:
+        """Scale all gradients to a joint norm of ``max_norm`` at most; the norm before that."""
+        norm: Tensor = torch.linalg.vector_norm(
+            torch.stack([torch.linalg.vector_norm(group.grad) for group in self.groups])
+        )
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for group in self.groups:
+            group.grad.mul_(factor)
+        return norm
+
+    @torch.no_grad()
+    def step(self, lr_factor: float) -> None:
+        """Take a step at a share of each group's peak LR."""
+        self.num_steps += 1
+        mean_bias = 1.0 - self.beta1**self.num_steps
+        square_bias = 1.0 - self.beta2**self.num_steps
+        for group in self.groups:
+            lr = group.peak_lr * lr_factor
+            group.mean.lerp_(group.grad, 1.0 - self.beta1)
+            group.square.mul_(self.beta2).addcmul_(group.grad, group.grad, value=1.0 - self.beta2)
+            denominator = group.square.sqrt().div_(square_bias**0.5).add_(group.eps)
+            group.weights.mul_(1.0 - lr * group.weight_decay)
+            group.weights.addcdiv_(group.mean, denominator, value=-lr / mean_bias)
+
+    def state(self) -> dict[str, Any]:
+        """A copy of weights and moments, on the CPU."""
+        return {
+            "num_steps": self.num_steps,
+            "groups": {
+                group.name: {key: getattr(group, key).to("cpu", copy=True) for key in _SAVED}
+                for group in self.groups
+            },
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Any]) -> None:
+        """Inverse of `state`; the model's weights change with it."""
+        self.num_steps = state["num_steps"]
+        for group in self.groups:
+            for key, saved in state["groups"][group.name].items():
+                getattr(group, key).copy_(saved)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Set each group's LR to a share of its peak."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+_SAVED = ("weights", "mean", "square")
+
+
+class _FlatGroup:
+    """A module group's weights, gradients and moments, end to end."""
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        parameters: list[nn.Parameter] = group["params"]
+        self.name: str = group["group"]
+        self.peak_lr: float = group["lr"]
+        self.weight_decay: float = group["weight_decay"]
+        self.eps: float = group["eps"]
+        self.weights = torch.cat([p.detach().flatten() for p in parameters])
+        self.grad, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
+        sizes = [p.numel() for p in parameters]
+        for parameter, weights, grad in zip(
+            parameters, torch.split(self.weights, sizes), torch.split(self.grad, sizes), strict=True
+        ):
+            parameter.data = weights.view(parameter.shape)
+            parameter.grad = grad.view(parameter.shape)

@@ -5,7 +5,6 @@ Shape suffixes as in `model`.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.data import Corpus, check_lengths, load_corpus, train_batch
 from bayeslr_runners.moe.measure import Measurement, autocast, load_summary, measure
 from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer
-from bayeslr_runners.moe.optim import build_adamw, param_groups, set_lr
+from bayeslr_runners.moe.optim import AdamW, param_groups
 from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.parametrization import parametrization
 from bayeslr_runners.moe.shapes import MoeShape
@@ -60,8 +59,11 @@ class Trainer:
             weight_decay_kind=spec.weight_decay_kind,
             eps=options.train.adam_eps,
         )
-        self.optimizer = build_adamw(groups, rules, options.train)
-        self.parameters = [p for group in groups for p in group["params"]]
+        beta1, beta2 = (
+            1.0 - min(1.0, (1.0 - beta) * rules.one_minus_beta)
+            for beta in (options.train.beta1, options.train.beta2)
+        )
+        self.optimizer = AdamW(groups, beta1=beta1, beta2=beta2)
 
     @classmethod
     def build(cls, spec: RunSpec) -> Trainer:
@@ -98,17 +100,16 @@ class Trainer:
             logits_BSV, stats = self.forward(torch.from_numpy(input_BS).to(self.device))
             target_T = torch.from_numpy(target_BS).to(self.device).flatten()
         loss = F.cross_entropy(logits_BSV.float().flatten(0, 1), target_T)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         torch.autograd.backward(loss + self._router_losses(stats))
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.options.train.grad_clip)
+        norm = self.optimizer.clip_grad(self.options.train.grad_clip)
         effective = None
         if stats:
             load_LE = torch.stack([layer.load_E for layer in stats]).float()
             effective = load_summary(load_LE)["effective_experts_min"]
         result = Step(loss.item(), norm.item(), effective)
         if bool(torch.isfinite(loss + norm)):
-            set_lr(self.optimizer, lr_factor)
-            self.optimizer.step()
+            self.optimizer.step(lr_factor)
             self._balance(stats)
         return result
 
@@ -124,15 +125,17 @@ class Trainer:
         )
 
     def state(self) -> dict[str, Any]:
-        """A copy of weights, buffers and optimizer moments, on the CPU."""
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        copied: dict[str, Any] = copy.deepcopy(state)
-        return copied
+        """A copy of weights, optimizer moments and buffers, on the CPU."""
+        return {
+            "optimizer": self.optimizer.state(),
+            "buffers": {n: b.to("cpu", copy=True) for n, b in self.model.named_buffers()},
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Inverse of `state`."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.optimizer.restore(state["optimizer"])
+        for name, buffer in self.model.named_buffers():
+            buffer.copy_(state["buffers"][name])
 
     def _router_losses(self, stats: list[LayerStats]) -> Tensor:
         options = self.options.model
