@@ -309,10 +309,19 @@ def _ask_all(storage: str | None, folder: str, first: int, start: float) -> None
     study.close()
 
 
-@pytest.mark.parametrize("num_workers", [1, 4, 8])
-def test_the_budget_holds_whoever_asks(
-    num_workers: int, opened: Sweep, storage: str | None, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("kind", "num_workers"),
+    [
+        ("journal", 1),
+        ("journal", 4),
+        ("journal", 8),
+        ("sqlite", 4),
+        pytest.param("sqlite", 8, marks=pytest.mark.slow),
+    ],
+)
+def test_the_budget_holds_whoever_asks(kind: str, num_workers: int, tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db" if kind == "sqlite" else None
+    opened = open_study(storage, "toy", tmp_path, recipe())
     context = multiprocessing.get_context("spawn")
     start = time.time() + 1.0 + 0.4 * num_workers
     workers = [

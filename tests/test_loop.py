@@ -1,0 +1,382 @@
+"""The closed loop in one process, with inference replaced by a stand-in."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+pytest.importorskip("optuna")
+
+from bayeslr import loop
+from bayeslr.errors import DataError, SpecError, StorageError
+from bayeslr.loop import SweepResult, describe, find_recipe, open_recipe, open_status, to_toml
+from bayeslr.runner_protocol import Trial
+from bayeslr.space import start_design
+from bayeslr.specs import load_recipe, parse_recipe, recipe_document
+from bayeslr.sweep_status import status_lines
+from bayeslr.validation import validate
+from bayeslr_runners import toy
+from bayeslr_runners.study import open_study
+from tests import fakes
+from tests.fakes import finished_runs, toy_recipe, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in fakes.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+class Log:
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def __call__(self, line: str, *, transient: bool = False) -> None:
+        if not transient:
+            self.lines.append(line)
+
+
+def sweep(out: Path, **changes: Any) -> tuple[SweepResult, list[str]]:
+    """A sweep of the toy recipe; ``_seed`` and the like go to `loop.sweep` itself."""
+    words = {k[1:]: changes.pop(k) for k in list(changes) if k.startswith("_")}
+    log = Log()
+    result = loop.sweep(parse_recipe(toy_recipe(**changes)), out, progress=log, **words)
+    return result, log.lines
+
+
+def test_a_sweep_spends_its_budget_and_finds_the_valley(tmp_path: Path) -> None:
+    result, lines = sweep(tmp_path)
+    assert result.stop.kind == "budget"
+    assert 0.9 * 6e12 < result.spent_flops <= 6e12
+    best = toy.best_lr(3e5, 4e5, 4096)
+    assert 0.4 * best < result.predictions["lr"][0] < 2.5 * best
+    runs = finished_runs(tmp_path)
+    assert len(runs) == len([line for line in lines if "of budget]" in line]) == 14
+    assert set(runs) == set(result.runs.frame["run_id"])
+    for path in ("recipe.toml", "resolved.json", "runs.parquet", "predictions.csv", "fit"):
+        assert (tmp_path / path).exists(), path
+    assert any("loss" in line and "lr=" in line for line in lines)
+    assert lines[-1].startswith("stopped: 72B of 6T FLOPs are left")
+
+
+def test_the_same_command_again_changes_nothing(tmp_path: Path) -> None:
+    first, _ = sweep(tmp_path)
+    second, lines = sweep(tmp_path)
+    assert lines == [f"stopped: {first.stop.reason}"]
+    pd.testing.assert_frame_equal(first.predictions, second.predictions)
+
+
+def test_proposals_depend_on_the_runs_and_not_on_their_order(tmp_path: Path) -> None:
+    alone, _ = sweep(tmp_path / "one", sweep__workers=1, sweep__batch_runs=3)
+    beside, _ = sweep(tmp_path / "three", sweep__workers=3, sweep__batch_runs=3)
+    assert finished_runs(tmp_path / "one") == finished_runs(tmp_path / "three")
+    assert alone.spent_flops == beside.spent_flops
+
+
+def test_the_first_runs_are_the_start_design(tmp_path: Path) -> None:
+    sweep(tmp_path, sweep__max_runs=6)
+    recipe = parse_recipe(toy_recipe())
+    start = start_design(recipe, loop.find_runner(recipe))
+    assert list(finished_runs(tmp_path)) == [p.spec.run_id for p in start]
+
+
+def test_max_runs_stops(tmp_path: Path) -> None:
+    result, _ = sweep(tmp_path, sweep__max_runs=7)
+    assert (result.stop.kind, len(finished_runs(tmp_path))) == ("max_runs", 7)
+
+
+def test_an_empty_proposal_is_the_stop_rule(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules["bayeslr.acquire"], "propose", lambda *_, **__: [])
+    result, _ = sweep(tmp_path)
+    assert (result.stop.kind, len(finished_runs(tmp_path))) == ("rule", 6)
+    assert "expected to save" in result.stop.reason
+
+
+def test_a_space_that_is_used_up_stops(tmp_path: Path) -> None:
+    result, _ = sweep(tmp_path, space__lr={"low": 4e-3, "high": 8e-3, "per_octave": 1})
+    assert result.stop.kind == "done"
+    # Two LRs, two shapes; the start's trunks measure both horizons.
+    assert len(finished_runs(tmp_path)) == 4
+
+
+def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
+    sweep(tmp_path, sweep__budget_flops=3e12)
+    few = finished_runs(tmp_path)
+    result, _ = sweep(tmp_path, sweep__budget_flops=6e12)
+    many = finished_runs(tmp_path)
+    assert set(few) < set(many)
+    assert 5e12 < result.spent_flops <= 6e12
+
+
+def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    sweep(tmp_path, sweep__max_runs=2)
+    with pytest.raises(SpecError, match=r"another recipe: space\.tokens, sweep\.seed differ"):
+        sweep(tmp_path, sweep__max_runs=2, _seed=9, space__tokens=[200_000])
+
+
+def test_a_random_sweep_needs_no_fit_before_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    fit = fakes.fit
+    monkeypatch.setattr(
+        sys.modules["bayeslr.sampling"], "fit", lambda *a, **k: calls.append(1) or fit(*a, **k)
+    )
+    result, _ = sweep(tmp_path, sweep__strategy="random")
+    assert (result.stop.kind, len(calls)) == ("budget", 1)
+
+
+def test_runs_that_cannot_be_fitted_fall_back_to_chance_and_say_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fit = fakes.fit
+
+    def refuse(*words: Any, fast: bool = False, **rest: Any) -> Any:
+        if fast:
+            raise DataError("all runs diverged")
+        return fit(*words, **rest)
+
+    monkeypatch.setattr(sys.modules["bayeslr.sampling"], "fit", refuse)
+    _, lines = sweep(tmp_path, sweep__max_runs=8)
+    assert any("at random" in line and "all runs diverged" in line for line in lines)
+
+
+def test_diverged_runs_are_told_and_kept(tmp_path: Path) -> None:
+    result, lines = sweep(tmp_path, space__lr={"low": 4e-3, "high": 1.0, "per_octave": 1})
+    states = {run_id: state for run_id, (state, _) in finished_runs(tmp_path).items()}
+    assert "diverged" in states.values()
+    assert set(result.runs.frame["status"]) >= {"ok", "diverged"}
+    assert any("diverged (loss is not finite)" in line for line in lines)
+
+
+def test_a_trainer_that_never_works_stops_the_sweep(tmp_path: Path) -> None:
+    argv = ["{python}", "-c", "raise SystemExit('no GPU here')"]
+    with pytest.raises(DataError, match=r"no run came to anything.*no GPU here.*--retry"):
+        sweep(tmp_path, options__argv=argv)
+    assert len(finished_runs(tmp_path)) == 6
+    status = open_status(str(tmp_path))
+    assert (status["state"], status["stop"]["kind"]) == ("stopped", "failures")
+    assert any("failed: " in line and "no GPU here" in line for line in status_lines(status))
+
+
+def test_failed_runs_are_made_again_with_retry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marker = tmp_path / "mended"
+    code = (
+        f"import os, runpy, sys; os.path.exists({str(marker)!r}) or sys.exit('not yet');"
+        "runpy.run_module('bayeslr_runners.toy', run_name='__main__', alter_sys=True)"
+    )
+    changes = {"options__argv": ["{python}", "-c", code, "{spec}", "{records}", "{dir}"]}
+    with pytest.raises(DataError, match="not yet"):
+        sweep(tmp_path / "out", **changes, sweep__budget_flops=12e12)
+    marker.touch()
+    result, _ = sweep(tmp_path / "out", **changes, sweep__budget_flops=12e12, _retry=True)
+    study = open_study(None, "toy", tmp_path / "out", None)
+    states = [t.state for t in study.trials()]
+    assert states[:6] == ["failed"] * 6
+    assert set(states[6:]) == {"ok"}
+    assert len({t.spec.run_id for t in study.trials()[:12]}) == 6
+    assert result.spent_flops <= 12e12
+
+
+def test_a_second_sweep_on_the_folder_is_told_who_has_it(tmp_path: Path) -> None:
+    with (
+        loop._locked(tmp_path),
+        pytest.raises(StorageError, match=r"in use by process \d+ on .*bayeslr worker --storage"),
+    ):
+        sweep(tmp_path)
+    sweep(tmp_path, sweep__max_runs=1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EACCES])
+def test_a_disk_that_refuses_is_said_and_the_sweep_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(number, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("bayeslr.worker.Child", full)
+        with pytest.raises(StorageError, match=r"No space left on device.*repeat the same command"):
+            sweep(tmp_path)
+    result, _ = sweep(tmp_path)
+    assert result.stop.kind == "budget"
+
+
+def test_an_interrupted_sweep_gives_its_runs_up_cleanly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupt(Log):
+        def __call__(self, line: str, *, transient: bool = False) -> None:
+            if "of budget]" in line:
+                raise KeyboardInterrupt
+
+    recipe = parse_recipe(toy_recipe(sweep__workers=2, options__seconds=0.2))
+    with pytest.raises(KeyboardInterrupt):
+        loop.sweep(recipe, tmp_path, progress=Interrupt())
+    status = open_status(str(tmp_path))
+    assert status["state"] == "idle"
+    assert all(not run["alive"] for run in status["running"])
+    assert any("resumes it" in line for line in status_lines(status))
+    result, _ = sweep(tmp_path, sweep__workers=2, options__seconds=0.2, sweep__max_runs=7)
+    assert result.stop.kind == "max_runs"
+
+
+def test_records_of_a_run_that_was_not_told_are_used(tmp_path: Path) -> None:
+    """Killed between the child's end and the study's answer: nothing is trained again."""
+    recipe = parse_recipe(toy_recipe(sweep__max_runs=1))
+    runner = loop.find_runner(recipe)
+    (first, *_) = start_design(recipe, runner)
+    rows = [{"tokens": t, "loss": 3.0} for t in first.spec.decay_at]
+    folder = tmp_path / "runs" / first.spec.run_id
+    folder.mkdir(parents=True)
+    (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    sweep(tmp_path, sweep__max_runs=1)
+    assert finished_runs(tmp_path)[first.spec.run_id] == ("ok", {200_000: 3.0, 400_000: 3.0})
+
+
+def test_the_table_runner_drives_the_same_loop(tmp_path: Path) -> None:
+    made, _ = sweep(tmp_path / "made", space__lr={"low": 1e-3, "high": 6.4e-2, "per_octave": 1})
+    made.runs.write(tmp_path / "recorded.csv")
+    result, _ = sweep(
+        tmp_path / "replayed",
+        sweep__runner="table",
+        sweep__name="replayed",
+        options={"runs": str(tmp_path / "recorded.csv")},
+        sweep__max_runs=10,
+    )
+    replayed = result.runs.frame
+    recorded = made.runs.frame[["n_active", "tokens", "lr", "loss"]]
+    both = replayed[["n_active", "tokens", "lr", "loss"]].merge(recorded, how="left")
+    assert len(replayed) > 10
+    assert both["loss"].notna().all()
+
+
+def test_the_target_itself_is_trained_and_judged(tmp_path: Path) -> None:
+    result, lines = sweep(tmp_path, sweep__validate_target=True)
+    checked = result.validation
+    assert checked is not None
+    assert [round(lr / checked.lr, 6) for lr in checked.lrs] == [0.5, 1.0, 2.0]
+    assert checked.states == ("ok", "ok", "ok")
+    assert checked.best_lr is not None
+    assert checked.best_lr == pytest.approx(toy.best_lr(1e6, 1e6, 4096), rel=0.3)
+    assert checked.regret is not None
+    text = "\n".join(checked.lines())
+    assert "recommended" in text
+    assert "Regret" in text
+    document = json.loads((tmp_path / "validation.json").read_text())
+    assert document["losses"] == list(checked.losses)
+    assert any("training the target big itself" in line for line in lines)
+    assert "validation" not in "".join(finished_runs(tmp_path))
+    again, _ = sweep(tmp_path, sweep__validate_target=True)
+    assert again.validation == checked
+
+
+def verdict(losses: dict[float, float | None], low: float = 5e-3, high: float = 2e-2) -> Any:
+    recipe = parse_recipe(toy_recipe())
+    spec = start_design(recipe, loop.find_runner(recipe))[0].spec
+    trials = []
+    for lr, loss in losses.items():
+        run = parse_spec(spec, lr)
+        rows = [] if loss is None else [{"tokens": 1, "loss": loss, "status": "ok"}]
+        state = "diverged" if loss is None else "ok"
+        trials.append(Trial(number=0, spec=run, state=state, flops=1.0, records=rows))
+    return validate(trials, {"target_id": "t", "lr_q05": low, "lr_q95": high})
+
+
+def parse_spec(spec: Any, lr: float) -> Any:
+    import dataclasses
+
+    return dataclasses.replace(spec, lr=lr)
+
+
+@pytest.mark.parametrize(
+    ("losses", "interval", "inside"),
+    [
+        ({5e-3: 3.1, 1e-2: 3.0, 2e-2: 3.1}, (8e-3, 1.2e-2), True),
+        ({5e-3: 3.1, 1e-2: 3.0, 2e-2: 3.1}, (2e-2, 4e-2), False),
+        ({5e-3: 2.9, 1e-2: 3.0, 2e-2: 3.1}, (6e-3, 2e-2), False),
+        ({5e-3: 2.9, 1e-2: 3.0, 2e-2: 3.1}, (3e-3, 2e-2), None),
+        ({5e-3: 3.1, 1e-2: 3.0, 2e-2: 2.9}, (6e-3, 1.8e-2), False),
+        ({5e-3: 3.1, 1e-2: 3.0, 2e-2: None}, (6e-3, 2e-2), None),
+        ({5e-3: None, 1e-2: None, 2e-2: None}, (6e-3, 2e-2), None),
+    ],
+)
+def test_the_verdict_is_honest(
+    losses: dict[float, float | None], interval: tuple[float, float], inside: bool | None
+) -> None:
+    checked = verdict(losses, *interval)
+    assert checked.inside is inside
+    text = "\n".join(checked.lines())
+    assert ("OUTSIDE" in text) is (inside is False)
+
+
+def test_the_parabola_finds_its_bottom() -> None:
+    checked = verdict({5e-3: 3.0 + 0.04, 1e-2: 3.0, 2e-2: 3.0 + 0.04})
+    assert checked.best_lr == pytest.approx(1e-2)
+    assert checked.regret == 0.0
+
+
+def test_a_recipe_survives_toml(tmp_path: Path) -> None:
+    recipe = parse_recipe(toy_recipe(options__words={"a b": [1.5, True, 'say "hi"', "ü"]}))
+    path = tmp_path / "r.toml"
+    path.write_text(to_toml(recipe_document(recipe)), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+def test_paths_in_options_are_beside_the_recipe(tmp_path: Path) -> None:
+    changes = {"sweep__runner": "table", "options": {"runs": "./data/runs.csv", "other": "./"}}
+    path = write_recipe(tmp_path / "r.toml", toy_recipe(**changes))
+    options = open_recipe(path).options
+    assert options["runs"] == str(tmp_path.resolve() / "data" / "runs.csv")
+
+
+def test_shipped_recipes_are_found_by_name() -> None:
+    assert find_recipe("quickstart").name == "quickstart.toml"
+    with pytest.raises(SpecError, match=r"recipe nope does not exist.*quickstart"):
+        find_recipe("nope")
+
+
+def test_every_shipped_recipe_can_begin(root: Path) -> None:
+    for path in sorted((root / "runners" / "recipes").glob("*.toml")):
+        plan = describe(open_recipe(path))
+        assert plan["start"], path
+        assert plan["start_flops"] <= plan["budget_flops"], path
+        if open_recipe(path).validate_target:
+            dearest = max(6 * c["n_active"] * c["tokens"] for c in plan["cells"])
+            assert plan["targets"][0]["flops"] >= 4 * dearest, path
+
+
+def test_a_budget_below_the_cheapest_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"budget_flops .* is below the cheapest run"):
+        sweep(tmp_path, sweep__budget_flops=1e3)
+
+
+def test_validation_needs_a_target_that_can_be_trained(tmp_path: Path) -> None:
+    target = {"n_active": 1e6, "n_total": 2e6, "tokens": 1e6, "batch_tokens": 4096}
+    with pytest.raises(SpecError, match="validate_target needs a shape"):
+        sweep(tmp_path, sweep__validate_target=True, targets=[target])
+
+
+def test_an_unknown_key_in_a_recipe_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "r.toml"
+    path.write_text(to_toml(toy_recipe(sweep__budget=3)), encoding="utf-8")
+    with pytest.raises(SpecError, match=r"r\.toml, \[sweep\]: unknown key 'budget'; allowed"):
+        loop.sweep(path, tmp_path)
+
+
+def test_resolved_keeps_versions_and_no_password(tmp_path: Path) -> None:
+    assert loop._without_password("postgresql://me:secret@h/d") == "postgresql://me@h/d"
+    sweep(tmp_path, sweep__max_runs=1)
+    document = json.loads((tmp_path / "resolved.json").read_text())
+    assert document["versions"]["optuna"]
+    assert parse_recipe(document["recipe"]) == parse_recipe(toy_recipe(sweep__max_runs=1))
