@@ -168,6 +168,17 @@ def test_csv_mapping(tmp_path: Path) -> None:
     assert (entry["line"], entry["column"], entry["value"]) == (4, "tokens", "two")
 
 
+def test_csv_one_of_our_columns_may_serve_twice(tmp_path: Path) -> None:
+    text = "run_id,lr,n_total,tokens,batch_tokens,loss\na,1e-3,1e8,2e9,262144,3\n"
+    table = csv.read(
+        write(tmp_path / "a.csv", text),
+        family="f",
+        mapping=["n_active=n_total"],
+        constants=["param_convention=total"],
+    )
+    assert column(table, "n_active") == column(table, "n_total") == [1e8]
+
+
 def test_csv_proposes_a_mapping(tmp_path: Path) -> None:
     path = write(tmp_path / "sheet.csv", SHEET)
     with pytest.raises(DataError) as caught:

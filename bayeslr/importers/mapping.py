@@ -257,12 +257,13 @@ def apply(
         columns[name] = _product(rows.frame, source)
     for name, value in constants.items():
         columns[name] = pd.Series([value] * len(rows), index=rows.frame.index, dtype=object)
-    used = {s.headers[0] for s in sources.values() if len(s.headers) == 1 and s.factor == 1}
+    taken = set(columns)
+    copied = {s.headers[0] for s in sources.values() if len(s.headers) == 1 and s.factor == 1}
     for header in rows.frame.columns:
-        if header in columns:
-            if header not in used or sources.get(header) != Source(headers=(header,)):
+        if header in taken:
+            if sources.get(header) != Source(headers=(header,)):
                 columns[f"theirs.{header}"] = rows.frame[header]
-        elif header not in used:
+        elif header in _KINDS or header not in copied:  # n_active=n_total leaves n_total there
             columns[header] = rows.frame[header]
     return Rows(pd.DataFrame(columns), rows.place, rows.lines, rows.broken)
 

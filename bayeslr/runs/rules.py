@@ -76,9 +76,11 @@ def _check_choices(
         return
     allowed = ", ".join(column.choices)
     if column.open_choices:
+        names = sorted(set(values[foreign]))
+        more = f" and {len(names) - 1} others" if len(names) > 1 else ""
         warnings.append(
-            f"{column.name} {sorted(values[foreign])[0]!r} is none of {allowed}; "
-            f"{int(foreign.sum())} rows keep it as text"
+            f"{column.name} {names[0]!r}{more}: none of {allowed}; kept as text in "
+            f"{int(foreign.sum())} rows"
         )
         return
     advice = {
