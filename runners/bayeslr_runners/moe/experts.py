@@ -68,14 +68,13 @@ def router_z_loss(logits_TE: Tensor) -> Tensor:
 
 def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Tensor) -> Tensor:
     """Gated sum over each token's experts of SwiGLU(x)."""
-    num_tokens, top_k = routing.gate_TK.shape
+    top_k = routing.gate_TK.shape[1]
     x_AD = apply(_Dispatch, x_TD, routing.order_A, routing.inverse_A, top_k)
+    gate_A = apply(_Dispatch, routing.gate_TK.reshape(-1, 1), routing.order_A, routing.inverse_A, 1)
     hidden_AF = swiglu(grouped_matmul(x_AD, up_ED2F, routing))
-    y_AD = grouped_matmul(hidden_AF, down_EFD, routing)
-    y_AD = apply(_Permute, y_AD, routing.inverse_A, routing.order_A)
-    y_TKD = y_AD.view(num_tokens, top_k, -1)
-    gate_T1K = routing.gate_TK.to(y_TKD.dtype).unsqueeze(1)
-    return torch.bmm(gate_T1K, y_TKD).squeeze(1)
+    # The gate multiplies the hidden units, which are fewer than the outputs.
+    y_AD = grouped_matmul(hidden_AF * gate_A.to(hidden_AF.dtype), down_EFD, routing)
+    return apply(_Combine, y_AD, routing.order_A, routing.inverse_A, top_k)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -135,32 +134,42 @@ class _GroupedMatmul(torch.autograd.Function):
 
 
 class _Dispatch(torch.autograd.Function):
-    """Copy each token to its K assignments; the gradient is a gather, so it is deterministic."""
+    """Copy each token's row to its K assignments. Its gradient is `_Combine`.
+
+    Both are gathers, so they are deterministic, as a scatter would not be.
+    """
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, order_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse_A)
         ctx.top_k = top_k
-        return x_TD.index_select(0, order_A // top_k)
+        return _copy_to_assignments(x_TD, order_A, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (grad_AD,) = grads
         (inverse_A,) = ctx.saved_tensors
-        grad_TKD = grad_AD.index_select(0, inverse_A).view(-1, ctx.top_k, grad_AD.shape[1])
-        return grad_TKD.sum(1), None, None, None
+        return _sum_of_assignments(grads[0], inverse_A, ctx.top_k), None, None, None
 
 
-class _Permute(torch.autograd.Function):
-    """Reorder rows; the gradient is the inverse permutation."""
+class _Combine(torch.autograd.Function):
+    """Sum each token's K assignments. Its gradient is `_Dispatch`."""
 
     @staticmethod
-    def forward(ctx: Any, y_AD: Tensor, order_A: Tensor, inverse_A: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse_A)
-        return y_AD.index_select(0, order_A)
+    def forward(ctx: Any, y_AD: Tensor, order_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order_A)
+        ctx.top_k = top_k
+        return _sum_of_assignments(y_AD, inverse_A, top_k)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
-        (grad_AD,) = grads
-        (inverse_A,) = ctx.saved_tensors
-        return grad_AD.index_select(0, inverse_A), None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        (order_A,) = ctx.saved_tensors
+        return _copy_to_assignments(grads[0], order_A, ctx.top_k), None, None, None
+
+
+def _copy_to_assignments(x_TD: Tensor, order_A: Tensor, top_k: int) -> Tensor:
+    return x_TD.index_select(0, order_A // top_k)
+
+
+def _sum_of_assignments(y_AD: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
+    y_TKD = y_AD.index_select(0, inverse_A).view(-1, top_k, y_AD.shape[1])
+    return y_TKD.sum(1) if top_k > 1 else y_TKD.squeeze(1)

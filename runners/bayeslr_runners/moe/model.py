@@ -6,13 +6,14 @@ E experts, K chosen experts a token, F expert width, V vocabulary, L layers.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslr_runners.moe.experts import (
+    apply,
     gates_and_scores,
     load_balance_loss,
     route,
@@ -37,6 +38,9 @@ NAMING = {
 }
 
 
+RMS_EPS = 1e-6
+
+
 class LayerStats(NamedTuple):
     """Router losses and load of one layer; scalars but for ``load_E``."""
 
@@ -47,15 +51,39 @@ class LayerStats(NamedTuple):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation over the last axis, with a gain."""
+    """Root-mean-square normalisation over the last axis, with a gain for each of ``sizes``."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, *sizes: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.empty(sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape kept."""
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+        if x.is_cuda:
+            return F.rms_norm(x, x.shape[-1:], None, RMS_EPS) * self.weight
+        return apply(_RMSNorm, x, self.weight)
+
+
+class _RMSNorm(torch.autograd.Function):
+    """On the CPU, PyTorch runs its own as a dozen small operations, twice as slow as this."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = norm.square_().div_(x.shape[-1]).add_(RMS_EPS).rsqrt_()
+        unit = x * scale
+        ctx.save_for_backward(unit, scale, weight)
+        out: Tensor = unit * weight
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        unit, scale, weight = ctx.saved_tensors
+        grad_weight = (grad * unit).sum_to_size(weight.shape)
+        grad_unit = grad * weight
+        mean = (grad_unit * unit).mean(dim=-1, keepdim=True)
+        return grad_unit.addcmul_(unit, mean, value=-1.0).mul_(scale), grad_weight
 
 
 class Attention(nn.Module):
@@ -69,25 +97,24 @@ class Attention(nn.Module):
         self.rope_theta = options.rope_theta
         self.qkv = nn.Parameter(torch.empty(3 * d, d))
         self.out = nn.Parameter(torch.empty(d, d))
-        self.q_norm = RMSNorm(shape.d_head) if options.qk_norm else None
-        self.k_norm = RMSNorm(shape.d_head) if options.qk_norm else None
+        self.qk_norm = RMSNorm(2, 1, shape.d_head) if options.qk_norm else None
 
     def queries_keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (B, H, S, C)."""
         num_sequences, seq_len, width = x_BSD.shape
-        qkv = F.linear(x_BSD, self.qkv).view(num_sequences, seq_len, 3, self.num_heads, -1)
-        q_BSHC, k_BSHC, v_BSHC = qkv.unbind(2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BSHC, k_BSHC = self.q_norm(q_BSHC), self.k_norm(k_BSHC)
-        angles = rotary_angles(seq_len, width // self.num_heads, self.rope_theta, x_BSD.device)
-        q_BSHC, k_BSHC = rotate(q_BSHC, angles), rotate(k_BSHC, angles)
+        qk, v = torch.split(F.linear(x_BSD, self.qkv), (2 * width, width), dim=-1)
+        qk_BS2HC = qk.reshape(num_sequences, seq_len, 2, self.num_heads, -1)
+        if self.qk_norm is not None:
+            qk_BS2HC = self.qk_norm(qk_BS2HC)
+        q_BSHC, k_BSHC = rotate(qk_BS2HC, self.rope_theta).unbind(2)
+        v_BSHC = v.reshape(k_BSHC.shape)
         return q_BSHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Shape kept."""
         q, k, v = self.queries_keys_values(x_BSD)
         y_BHSC = F.scaled_dot_product_attention(
-            q, k.to(q.dtype), v.to(q.dtype), is_causal=True, scale=self.scale
+            q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=self.scale
         )
         return F.linear(y_BHSC.transpose(1, 2).reshape(x_BSD.shape), self.out)
 
@@ -219,14 +246,12 @@ class MoeTransformer(nn.Module):
         return logits_BSV, stats
 
 
-def rotary_angles(seq_len: int, d_head: int, theta: float, device: torch.device) -> Tensor:
-    """Unit complex numbers (S, 1, C/2) that turn a pair of columns by its position."""
+def rotate(x_BS2HC: Tensor, theta: float) -> Tensor:
+    """Turn neighbouring columns by an angle that grows with the position."""
+    seq_len, d_head = x_BS2HC.shape[1], x_BS2HC.shape[-1]
+    device = x_BS2HC.device
     frequency = theta ** -(torch.arange(0, d_head, 2, device=device).float() / d_head)
     angle = torch.outer(torch.arange(seq_len, device=device).float(), frequency)
-    return torch.polar(torch.ones_like(angle), angle).unsqueeze(1)
-
-
-def rotate(x_BSHC: Tensor, angles: Tensor) -> Tensor:
-    """Turn neighbouring columns by their position's angle."""
-    pairs = torch.view_as_complex(x_BSHC.float().reshape(*x_BSHC.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * angles).flatten(-2)
+    turn = torch.polar(torch.ones_like(angle), angle).view(seq_len, 1, 1, -1)
+    pairs = torch.view_as_complex(x_BS2HC.float().reshape(*x_BS2HC.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * turn).flatten(-2)
