@@ -102,7 +102,7 @@ class Attention(nn.Module):
     def queries_keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (B, H, S, C)."""
         num_sequences, seq_len, width = x_BSD.shape
-        qk, v = torch.split(F.linear(x_BSD, self.qkv), (2 * width, width), dim=-1)
+        qk, v = torch.split(F.linear(x_BSD, self.qkv), [2 * width, width], dim=-1)
         qk_BS2HC = qk.reshape(num_sequences, seq_len, 2, self.num_heads, -1)
         if self.qk_norm is not None:
             qk_BS2HC = self.qk_norm(qk_BS2HC)
