@@ -31,7 +31,14 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.planning import Planner, again, table_of
-from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point, find_runner
+from bayeslr.runner_protocol import (
+    Runner,
+    Study,
+    Trial,
+    find_entry_point,
+    find_runner,
+    mask_password,
+)
 from bayeslr.space import candidates, start_design, targets_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
 from bayeslr.sweep_status import status_of
@@ -103,7 +110,7 @@ def sweep(
     out = Path(out)
     runner = find_runner(recipe)
     check_recipe(recipe, runner)
-    with _disk_errors(out), _locked(out):
+    with _disk_errors(out), _locked(out, recipe.name):
         study: Study = find_entry_point("bayeslr.studies", "optuna")(
             storage, recipe.name, out, recipe
         )
@@ -367,7 +374,7 @@ def _validate(
 
 
 @contextlib.contextmanager
-def _locked(out: Path) -> Iterator[None]:
+def _locked(out: Path, name: str) -> Iterator[None]:
     """One sweep a folder; the kernel drops the lock with the process."""
     out.mkdir(parents=True, exist_ok=True)
     path = out / ".lock"
@@ -379,7 +386,7 @@ def _locked(out: Path) -> Iterator[None]:
             owner = file.read().strip() or "another process"
             raise StorageError(
                 f"the sweep in {out} is in use by {owner}; wait for it, or join it with "
-                f"`bayeslr worker --storage {out} --study NAME`"
+                f"`bayeslr worker --storage {out} --study {name}`"
             ) from None
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
@@ -411,7 +418,7 @@ def _write_resolved(recipe: Recipe, out: Path, storage: str | None) -> None:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "git": _git_hash(),
-        "storage": _without_password(storage),
+        "storage": mask_password(storage),
     }
     text = json.dumps(document, indent=2, allow_nan=False)
     (out / "resolved.json").write_text(text + "\n", encoding="utf-8")
@@ -452,14 +459,6 @@ def _git_hash() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
-
-
-def _without_password(url: str | None) -> str | None:
-    if url is None or "@" not in url:
-        return url
-    scheme, _, rest = url.partition("://")
-    account, _, place = rest.rpartition("@")
-    return f"{scheme}://{account.partition(':')[0]}@{place}"
 
 
 def _beside(value: Any, folder: Path) -> Any:

@@ -151,6 +151,16 @@ def spec_row(spec: RunSpec) -> dict[str, Any]:
     return {**row, "planned_tokens": spec.tokens}
 
 
+def mask_password(url: str | None) -> str | None:
+    """A storage URL fit for printing."""
+    if url is None or "@" not in url or "://" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    account, _, place = rest.rpartition("@")
+    user, colon, _ = account.partition(":")
+    return f"{scheme}://{user}{':***' if colon else ''}@{place}"
+
+
 _SINGULAR = {"bayeslr.runners": "runner", "bayeslr.studies": "study"}
 
 

@@ -19,7 +19,7 @@ from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_quantity
 
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 IDLE_SECONDS = 1.0
 """How often a worker with nothing to start looks at the study."""
 

@@ -44,7 +44,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bayeslr.errors import StorageError
-from bayeslr.runner_protocol import Trial
+from bayeslr.runner_protocol import Trial, mask_password
 from bayeslr.specs import Recipe, RunSpec, parse_recipe, recipe_document
 
 SCHEMA = 1
@@ -125,16 +125,6 @@ def open_study(storage_url: str | None, name: str, out_dir: Path, recipe: Recipe
             "it was not made by `bayeslr sweep`, or by another version of it"
         )
     return sweep
-
-
-def mask_password(url: str | None) -> str | None:
-    """A storage URL fit for printing."""
-    if url is None or "@" not in url or "://" not in url:
-        return url
-    scheme, _, rest = url.partition("://")
-    account, _, place = rest.rpartition("@")
-    user, colon, _ = account.partition(":")
-    return f"{scheme}://{user}{':***' if colon else ''}@{place}"
 
 
 def _open_storage(url: str | None, out_dir: Path, *, create: bool) -> BaseStorage:

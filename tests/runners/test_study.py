@@ -15,10 +15,10 @@ import optuna
 import pytest
 
 from bayeslr.errors import StorageError
-from bayeslr.runner_protocol import spec_row
+from bayeslr.runner_protocol import mask_password, spec_row
 from bayeslr.specs import Recipe, RunSpec, parse_recipe
 from bayeslr_runners import study as study_module
-from bayeslr_runners.study import JOURNAL_FILE, KernelLock, Owner, Sweep, mask_password, open_study
+from bayeslr_runners.study import JOURNAL_FILE, KernelLock, Owner, Sweep, open_study
 from tests.fakes import toy_recipe
 
 

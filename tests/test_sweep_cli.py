@@ -1,0 +1,87 @@
+"""The verbs that train, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("optuna")
+
+from typer.testing import CliRunner, Result
+
+from bayeslr.cli import app
+from bayeslr.errors import BayeslrError
+from tests import fakes
+from tests.fakes import toy_recipe, write_recipe
+
+
+@pytest.fixture(autouse=True)
+def _stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, module in fakes.modules().items():
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    document = toy_recipe(sweep__max_runs=7, sweep__validate_target=True)
+    return write_recipe(tmp_path / "toy.toml", document)
+
+
+def bayeslr(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def test_a_sweep_prints_a_line_a_run_and_its_answer(recipe: Path, tmp_path: Path) -> None:
+    done = bayeslr("sweep", recipe, "--out", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert done.stderr.count("% of budget] toy-") == 7 + 3
+    assert "big: train at peak LR" in done.stdout
+    assert "recommended" in done.stdout
+    assert "report.html, runs.parquet, predictions.csv, fit" in done.stdout
+    assert "\r" not in done.stderr
+
+
+def test_status_in_words_and_in_json(recipe: Path, tmp_path: Path) -> None:
+    bayeslr("sweep", recipe, "--out", tmp_path / "out")
+    words = bayeslr("status", tmp_path / "out")
+    assert "sweep toy: stopped" in words.stdout
+    assert "runs: 7 ok" in words.stdout
+    assert "prediction after 6 runs: big lr" in words.stdout
+    document = json.loads(bayeslr("status", tmp_path / "out", "--json").stdout)
+    assert document["runs"] == {"ok": 7}
+    assert document["stop"]["kind"] == "max_runs"
+
+
+def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:
+    done = bayeslr("sweep", recipe, "--out", tmp_path / "out", "--dry-run")
+    assert done.exit_code == 0
+    assert "budget 6T FLOPs (6e+12)" in done.stdout
+    assert "LRs: 13 from 0.001 to 0.064" in done.stdout
+    assert done.stdout.count("FLOPs a run") == 4
+    assert "target big: N=1000000 of 2000000" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_joins_by_folder(recipe: Path, tmp_path: Path) -> None:
+    bayeslr("sweep", recipe, "--out", tmp_path / "out")
+    done = bayeslr("worker", "--storage", tmp_path / "out", "--study", "toy")
+    assert done.exit_code == 0
+    assert "the sweep has stopped: 7 runs" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "no-such-recipe"], "recipe no-such-recipe does not exist"),
+        (["status", "no-such-folder"], "is that the folder of a sweep"),
+        (["worker", "--storage", "no-such", "--study", "x"], "is that the folder of a sweep"),
+    ],
+)
+def test_mistakes_are_errors_of_ours(words: list[str], message: str) -> None:
+    done = bayeslr(*words)
+    assert isinstance(done.exception, BayeslrError)
+    assert message in str(done.exception)
+    assert done.exception.exit_code == 2
