@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.int64]
     BoolArray = NDArray[np.bool_]
 
+REGRESSORS = ("log_n_active", "log_sparsity", "log_tokens", "log_batch")
+
 # What separates two slices. Runs of one slice differ in LR and seed alone.
 _SHAPE_KEY = ["family", "parametrization", "n_active", "n_total", "d_model", "n_layers",
               "n_experts", "top_k"]  # fmt: skip

@@ -141,6 +141,7 @@ PARAMETERS: dict[str, str] = {
     "loss_tokens": "loss that more tokens would remove, at the centre of the data",
     "loss_exponent_n_active": "exponent of the loss in active parameters",
     "loss_exponent_tokens": "exponent of the loss in tokens",
+    "loss_unannealed": "loss above the floor before the LR has decayed",
     "loss_shape_sd": "sd of the floor peculiar to a shape",
     "loss_cell_sd": "sd of the floor peculiar to a cell",
     "loss_slice_sd": "sd of the floor peculiar to a slice",
@@ -189,7 +190,9 @@ def _parse(path: Path, seen: tuple[Path, ...]) -> Prior:
         raise SpecError(f"{where} is not valid TOML: {error}") from error
     allowed = {"name", "title", "date", "extends", "holds_for", "reference", "parameters"}
     if unknown := sorted(set(raw) - allowed):
-        raise SpecError(f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}")
+        raise SpecError(
+            f"{where}: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(allowed))}"
+        )
     digest = hashlib.sha256(text)
     base: Prior | None = None
     if "extends" in raw:

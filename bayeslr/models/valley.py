@@ -1,0 +1,282 @@
+"""The hierarchical valley model: loss over ln LR in every slice, tied together by laws of scale.
+
+``build`` returns a PyMC model whose data are shared variables, so that one compilation serves every
+table of the same (padded) sizes. Level by level, g a family, h a shape, c a cell, s a slice:
+
+    ln LR*_s  = lr_cell_c + knee(z_s) + e_s,     z_s = ln batch_s - best_batch_c
+    lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c + e_h + e_c
+    floor_s   ~ loss_cell_c + penalty(z_s) + e_s,  loss_cell_c ~ loss-token law + e_h + e_c
+    loss_i    ~ StudentT(floor_s + excess(u_i), noise + share of the excess),  u_i = ln LR_i - LR*_s
+    diverged_i ~ Bernoulli(logistic((ln LR_i - edge_s) / width))
+
+An effect is centred where its group has many runs and non-centred where it has few
+(partial non-centring, Papaspiliopoulos, Roberts and Skold 2007).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pymc as pm
+import pytensor.tensor as pt
+
+from bayeslr import laws
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bayeslr.features import Design
+    from bayeslr.priors import Prior
+
+    Arrays = dict[str, NDArray[Any]]
+
+# How sharply the two slopes of the batch knee meet: the bend is over within an e-fold of batch.
+KNEE_SHARPNESS = 2.0
+
+# Exponents that differ between families by ``lr_slope_family_sd``.
+SLOPES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
+
+# Drawn once a family, from the card, independently: losses of two families are not comparable.
+PER_FAMILY = (
+    "loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens",
+    "penalty_scale", "noise_sd",
+)  # fmt: skip
+
+# Known through the levels below, or with a potential of their own.
+_NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
+
+# What the posterior keeps beyond the parameters of the card, and the index of each.
+OUTPUTS = {
+    "lr_level": ("family",),
+    "best_batch_level": ("family",),
+    "log_curvature_level": ("family",),
+    "log_skew": ("family",),
+    "log_edge_offset": ("family",),
+    "loss_level": ("family",),
+    "family_slope": ("family", "slope"),
+    "lr_shape": ("shape",),
+    "loss_shape": ("shape",),
+    "best_batch": ("cell",),
+    "lr_cell": ("cell",),
+    "loss_cell": ("cell",),
+    "lr_opt": ("slice",),
+    "log_curvature": ("slice",),
+    "floor": ("slice",),
+    **dict.fromkeys(PER_FAMILY, ("family",)),
+}
+
+
+def centre(design: Design) -> dict[str, float]:
+    """Where the regressors are centred: their means over slices, natural logs."""
+    features = design.slice_features()
+    return {k: float(np.mean(features[k])) for k in ("log_n_active", "log_sparsity", "log_tokens")}
+
+
+def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays:
+    """Arrays that `build` reads, padded to ``sizes`` (run, slice, cell, shape, family).
+
+    Padded entries carry zero weight; their effects follow the prior and touch nothing.
+    """
+    mid = centre(design)
+    shape_of_cell = design.shape_of_cell
+    cells = {
+        "d_n_active": design.log_n_active[shape_of_cell] - mid["log_n_active"],
+        "d_sparsity": design.log_sparsity[shape_of_cell] - mid["log_sparsity"],
+        "d_tokens": design.log_tokens - mid["log_tokens"],
+        "unannealed": (~design.annealed).astype(float),
+    }
+    finished = ~design.diverged
+    runs_in_slice = np.bincount(design.slice_of_run[finished], minlength=design.num_slices)
+    slices_in_cell = np.bincount(design.cell_of_slice, minlength=design.num_cells)
+    annealed_run = design.annealed[design.cell_of_slice[design.slice_of_run]]
+    arrays: Arrays = {
+        "run_slice": design.slice_of_run,
+        "run_log_lr": design.log_lr,
+        "run_loss": np.where(finished, design.loss, 0.0),
+        "run_loss_se": design.loss_se,
+        "run_has_loss": finished.astype(float),
+        # An unfinished run that has not diverged so far says nothing about the edge yet.
+        "run_has_end": (design.diverged | annealed_run).astype(float),
+        "run_diverged": design.diverged.astype(float),
+        "slice_cell": design.cell_of_slice,
+        "slice_log_batch": design.log_batch,
+        "slice_has_lr": runs_in_slice / (runs_in_slice + 4.0),
+        "slice_has_floor": runs_in_slice / (runs_in_slice + 0.5),
+        "cell_shape": shape_of_cell,
+        "cell_has_lr": slices_in_cell / (slices_in_cell + 3.0),
+        "cell_has_floor": slices_in_cell / (slices_in_cell + 0.5),
+        "shape_family": design.family_of_shape,
+        "centre": np.array([mid["log_n_active"], mid["log_sparsity"], mid["log_tokens"]]),
+        **{f"cell_{name}": values for name, values in cells.items()},
+    }
+    if sizes is not None:
+        for name, values in arrays.items():
+            level = name.partition("_")[0]
+            if level in sizes:
+                arrays[name] = np.pad(values, (0, sizes[level] - len(values)))
+    return arrays
+
+
+def sizes_of(design: Design) -> dict[str, int]:
+    """Number of runs, slices, cells, shapes and families."""
+    return {
+        "run": design.num_runs,
+        "slice": design.num_slices,
+        "cell": design.num_cells,
+        "shape": design.num_shapes,
+        "family": len(design.families),
+    }
+
+
+def _variable(name: str, prior: Prior, **kwargs: Any) -> Any:
+    entry = prior[name]
+    if entry.kind == "normal":
+        return pm.Normal(name, entry.location, entry.scale, **kwargs)
+    return pm.LogNormal(name, np.log(entry.location), entry.scale, **kwargs)
+
+
+def _effect(name: str, mean: Any, sd: Any, centring: Any, size: int) -> Any:
+    """Normal(mean, sd) effect, centred by a share ``centring`` in [0, 1] an entry."""
+    raw = pm.Normal(f"{name}_raw", centring * mean, sd**centring, shape=size)
+    return mean + sd ** (1.0 - centring) * (raw - centring * mean)
+
+
+def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
+    """PyMC model of the table behind ``arrays`` (from `model_data`) under a prior card.
+
+    Every array is a shared variable of the model, named as its key. Deterministics are the entries
+    of `OUTPUTS`.
+    """
+    num_slices, num_cells = len(arrays["slice_cell"]), len(arrays["cell_shape"])
+    num_shapes = len(arrays["shape_family"])
+    with pm.Model() as model:
+        data = {name: pm.Data(name, values) for name, values in arrays.items()}
+        run_slice, slice_cell = data["run_slice"], data["slice_cell"]
+        cell_shape, shape_family = data["cell_shape"], data["shape_family"]
+        cell_family = shape_family[cell_shape]
+        slice_family = cell_family[slice_cell]
+        p = {
+            name: _variable(name, prior) for name in prior.parameters if name not in _NOT_PLAIN
+        } | {name: _variable(name, prior, shape=num_families) for name in PER_FAMILY}
+
+        # Population to family. Levels are stated at the centre of the data, so that they do not
+        # trade off against the exponents; the card's intercept is carried there by the exponents.
+        reference = prior.log_reference
+        away_n, away_s, away_d = (
+            data["centre"][i] - reference[k]
+            for i, k in enumerate(("log_n_active", "log_sparsity", "log_tokens"))
+        )
+        lr_level = pm.Normal(
+            "lr_level",
+            p["lr_intercept"] + p["lr_n_active"] * away_n + p["lr_sparsity"] * away_s
+            + p["lr_tokens"] * away_d,
+            p["lr_family_sd"], shape=num_families,
+        )  # fmt: skip
+        best_batch_level = pm.Normal(
+            "best_batch_level",
+            p["best_batch_intercept"] + p["best_batch_n_active"] * away_n
+            + p["best_batch_tokens"] * away_d,
+            p["best_batch_family_sd"], shape=num_families,
+        )  # fmt: skip
+        log_curvature_level = pm.Normal(
+            "log_curvature_level",
+            pt.log(p["curvature_intercept"]) + p["curvature_n_active"] * away_n
+            + p["curvature_tokens"] * away_d,
+            p["curvature_family_sd"], shape=num_families,
+        )  # fmt: skip
+        log_skew = pm.Normal("log_skew", pt.log(p["skew"]), p["skew_family_sd"], shape=num_families)
+        log_edge_offset = pm.Normal(
+            "log_edge_offset", pt.log(p["edge_offset"]), p["edge_family_sd"], shape=num_families
+        )
+        slope_raw = pm.Normal("slope_raw", 0.0, 1.0, shape=(num_families, len(SLOPES)))
+        slope = pm.Deterministic(
+            "family_slope", pt.stack([p[name] for name in SLOPES])
+            + p["lr_slope_family_sd"] * slope_raw,
+        )  # fmt: skip
+
+        # Cells: best batch, LR at the best batch, floor.
+        d_n, d_s, d_d = data["cell_d_n_active"], data["cell_d_sparsity"], data["cell_d_tokens"]
+        best_batch = pm.Deterministic("best_batch", _effect(
+            "best_batch",
+            best_batch_level[cell_family] + p["best_batch_n_active"] * d_n
+            + p["best_batch_tokens"] * d_d,
+            p["best_batch_cell_sd"], data["cell_has_lr"], num_cells,
+        ))  # fmt: skip
+        lr_shape = pm.Deterministic(
+            "lr_shape", p["lr_shape_sd"] * pm.Normal("lr_shape_raw", 0.0, 1.0, shape=num_shapes)
+        )
+        slope_c = slope[cell_family]
+        lr_cell = pm.Deterministic("lr_cell", _effect(
+            "lr_cell",
+            lr_level[cell_family] + slope_c[:, 0] * d_n + slope_c[:, 1] * d_s
+            + slope_c[:, 2] * d_d + p["lr_unannealed"] * data["cell_unannealed"]
+            + lr_shape[cell_shape],
+            p["lr_cell_sd"], data["cell_has_lr"], num_cells,
+        ))  # fmt: skip
+        loss_level = pm.Flat("loss_level", shape=num_families)
+        irreducible = prior["loss_irreducible"]
+        pm.Potential("loss_irreducible_prior", pm.logp(
+            pm.LogNormal.dist(np.log(irreducible.location), irreducible.scale),
+            loss_level - p["loss_n_active"] - p["loss_tokens"],
+        ).sum())  # fmt: skip
+        loss_shape = pm.Deterministic(
+            "loss_shape",
+            p["loss_shape_sd"] * pm.Normal("loss_shape_raw", 0.0, 1.0, shape=num_shapes),
+        )
+        per_cell = {name: p[name][cell_family] for name in PER_FAMILY}
+        law = (
+            loss_level[cell_family]
+            + per_cell["loss_n_active"] * pt.expm1(-per_cell["loss_exponent_n_active"] * d_n)
+            + per_cell["loss_tokens"] * pt.expm1(-per_cell["loss_exponent_tokens"] * d_d)
+            + p["loss_unannealed"] * data["cell_unannealed"]
+            + loss_shape[cell_shape]
+        )
+        loss_cell = pm.Deterministic("loss_cell", _effect(
+            "loss_cell", law, p["loss_cell_sd"], data["cell_has_floor"], num_cells
+        ))  # fmt: skip
+
+        # Slices: optimum, curvature, floor.
+        z = data["slice_log_batch"] - best_batch[slice_cell]
+        slope_s = slope[slice_family]
+        knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], KNEE_SHARPNESS, pt)
+        lr_opt = pm.Deterministic("lr_opt", _effect(
+            "lr_opt", lr_cell[slice_cell] + knee, p["lr_slice_sd"], data["slice_has_lr"],
+            num_slices,
+        ))  # fmt: skip
+        log_curvature = pm.Deterministic(
+            "log_curvature",
+            log_curvature_level[slice_family] + p["curvature_n_active"] * d_n[slice_cell]
+            + p["curvature_tokens"] * d_d[slice_cell] + p["curvature_batch"] * z
+            + p["curvature_slice_sd"]
+            * pm.Normal("curvature_slice_raw", 0.0, 1.0, shape=num_slices),
+        )  # fmt: skip
+        penalty = (
+            p["penalty_scale"][slice_family] * pt.exp(p["penalty_tokens"] * d_d[slice_cell])
+            * laws.linex(z, p["penalty_skew"], pt)
+        )  # fmt: skip
+        floor = pm.Deterministic("floor", _effect(
+            "floor", loss_cell[slice_cell] + penalty, p["loss_slice_sd"],
+            data["slice_has_floor"], num_slices,
+        ))  # fmt: skip
+
+        # Runs.
+        run_family = slice_family[run_slice]
+        u = data["run_log_lr"] - lr_opt[run_slice]
+        skew = pt.exp(log_skew)[run_family]
+        excess = laws.valley_excess(u, pt.exp(log_curvature)[run_slice], skew, pt)
+        noise = pt.sqrt(
+            p["noise_sd"][run_family] ** 2 + data["run_loss_se"] ** 2
+            + (p["noise_share"] * excess) ** 2
+        )  # fmt: skip
+        loss_logp = pm.logp(
+            pm.StudentT.dist(nu=1.0 + p["noise_dof"], mu=floor[run_slice] + excess, sigma=noise),
+            data["run_loss"],
+        )
+        pm.Potential("loss", (data["run_has_loss"] * loss_logp).sum())
+        edge = lr_cell[slice_cell] + p["edge_batch"] * knee + pt.exp(log_edge_offset)[slice_family]
+        logit = (data["run_log_lr"] - edge[run_slice]) / p["edge_width"]
+        ended = data["run_diverged"] * logit - laws.softplus(logit, pt)
+        pm.Potential("diverged", (data["run_has_end"] * ended).sum())
+    return model

@@ -1,0 +1,373 @@
+"""Posterior draws with named dimensions, their diagnostics, and the fit folder on disk.
+
+The only file that knows ArviZ, and the only one that knows the fit folder's schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import xarray as xr
+
+from bayeslr.errors import BayeslrError, DataError, StorageError
+from bayeslr.features import REGRESSORS, Design, build_design
+from bayeslr.priors import Distribution, Prior
+from bayeslr.runs import RunTable, identifiability, read_runs
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from numpy.typing import NDArray
+
+    from bayeslr.specs import Recipe, Target
+
+SCHEMA_VERSION = 1
+POSTERIOR_FILE, FIT_FILE, RUNS_FILE = "posterior.nc", "fit.json", "runs.parquet"
+
+# The convergence gate: beyond these a fit is not reported as trustworthy (Vehtari et al. 2021,
+# arXiv 1903.08008, section 4, for R-hat; 200 effective draws give quantiles to 3 % of an sd).
+MAX_R_HAT, MIN_EFFECTIVE_DRAWS, MAX_DIVERGENT_SHARE = 1.02, 200.0, 0.02
+
+SLOPE_NAMES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
+
+_DIMS: dict[str, tuple[str, ...]] = {
+    "family_slope": ("family", "slope"),
+    "coefficient": ("regressor",),
+    "lr_shape": ("shape",), "loss_shape": ("shape",),
+    "best_batch": ("cell",), "lr_cell": ("cell",), "loss_cell": ("cell",),
+    "lr_opt": ("slice",), "log_curvature": ("slice",), "floor": ("slice",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Posterior:
+    """Draws of a fit, and all that is needed to predict from them.
+
+    draws: Dataset with dimensions chain, draw and, by variable, family, slope, shape, cell, slice.
+    design, runs: what was fitted; None for a prior card alone. info: method, seed, centre,
+    diagnostics, verdict, versions, hashes; JSON-safe.
+    """
+
+    draws: xr.Dataset
+    prior: Prior
+    info: Mapping[str, Any]
+    design: Design | None = None
+    runs: RunTable | None = None
+
+    def predict(self, targets: Sequence[Target]) -> pd.DataFrame:
+        """Predictions table: recommended LR, quantiles of LR*, regret. See `bayeslr.predict`."""
+        table: pd.DataFrame = _higher("predict").predict(self, targets)
+        return table
+
+    def regret(self, targets: Sequence[Target], lr: float | Sequence[float]) -> NDArray[np.float64]:
+        """Draws of the regret of training each target at ``lr``, nats, (draw, target)."""
+        draws: NDArray[np.float64] = _higher("predict").regret(self, targets, lr)
+        return draws
+
+    def plan(self, space: Recipe, budget: float, num_runs: int | None = None) -> Any:
+        """The next runs worth paying for within ``budget`` FLOPs. See `bayeslr.acquire.plan`."""
+        return _higher("acquire").plan(self, space, budget_flops=budget, num_runs=num_runs)
+
+    def save(self, path: str | Path) -> None:
+        """Write the fit folder: to a temporary name, then renamed."""
+        save(self, path)
+
+    @property
+    def trustworthy(self) -> bool:
+        """Whether the convergence gate was passed."""
+        return bool(self.info.get("trustworthy", True))
+
+    def flat(self, name: str) -> NDArray[np.float64]:
+        """Draws of one variable with chains joined, shape (draw, ...)."""
+        values = self.draws[name].to_numpy()
+        return np.asarray(values.reshape((-1, *values.shape[2:])), dtype=np.float64)
+
+
+def _higher(layer: str) -> Any:
+    """Module of a higher layer, for the methods of `Posterior`: loaded on first use."""
+    return importlib.import_module(f"bayeslr.{layer}")
+
+
+def make_posterior(
+    draws: Mapping[str, NDArray[np.float64]], design: Design | None, runs: RunTable | None,
+    prior: Prior, *, method: str, seed: int, statistics: Mapping[str, float],
+) -> Posterior:  # fmt: skip
+    """Posterior from arrays (chain, draw, ...), with diagnostics and verdict worked out."""
+    families = design.families if design is not None else ()
+    dataset = xr.Dataset(
+        {
+            name: (("chain", "draw", *_dims_of(name, values)), values)
+            for name, values in draws.items()
+        }
+    )
+    coords: dict[str, Any] = {}
+    if "slope" in dataset.dims:
+        coords["slope"] = list(SLOPE_NAMES)
+    if "family" in dataset.dims:
+        coords["family"] = list(families)
+    if "regressor" in dataset.dims:
+        coords["regressor"] = list(REGRESSORS)
+    dataset = dataset.assign_coords(coords)
+    diagnostics: dict[str, Any] = dict(statistics)
+    sampled = method == "bayes"
+    if sampled:
+        diagnostics |= diagnose(dataset)
+    trustworthy, verdict = _verdict(diagnostics) if sampled else (True, _NOT_SAMPLED[method])
+    if design is not None:
+        features = design.slice_features()
+        centre = {name: float(np.mean(features[name])) for name in REGRESSORS}
+        low = {name: float(np.min(features[name])) for name in REGRESSORS}
+        high = {name: float(np.max(features[name])) for name in REGRESSORS}
+    else:
+        centre, low, high = dict(prior.log_reference), {}, {}
+    info = {
+        "schema_version": SCHEMA_VERSION,
+        "method": method,
+        "seed": seed,
+        "families": list(families),
+        "parametrizations": list(design.parametrizations) if design is not None else [],
+        "param_convention": _convention(runs),
+        "centre": centre,
+        "data_low": low,
+        "data_high": high,
+        "num_runs": design.num_runs if design is not None else 0,
+        "num_diverged": int(design.diverged.sum()) if design is not None else 0,
+        "num_slices": design.num_slices if design is not None else 0,
+        "diagnostics": diagnostics,
+        "trustworthy": trustworthy,
+        "verdict": verdict,
+        "identifiability": identifiability(runs) if runs is not None else [],
+        "data_hash": runs.data_hash if runs is not None else None,
+        "num_quarantined": len(runs.quarantine) if runs is not None else 0,
+        "versions": _versions(),
+    }
+    return Posterior(draws=dataset, prior=prior, info=info, design=design, runs=runs)
+
+
+_NOT_SAMPLED = {
+    "two-stage": "Least squares: its intervals know the scatter of the optima about the law, and "
+    "nothing of the law's own error.",
+    "prior": "No run was used: this is the published evidence alone.",
+}
+
+
+def _dims_of(name: str, values: NDArray[np.float64]) -> tuple[str, ...]:
+    return _DIMS.get(name, ("family",) if values.ndim == 3 else ())
+
+
+def _convention(runs: RunTable | None) -> str | None:
+    if runs is None:
+        return None
+    found = runs.frame["param_convention"].dropna().unique()
+    return str(found[0]) if len(found) else None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in ("bayeslr", "numpy", "jax", "numpyro", "pymc", "arviz"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def reported(dataset: xr.Dataset) -> list[str]:
+    """Variables whose convergence is judged: parameters of the card, of families and of shapes."""
+    local = {"cell", "slice"}
+    return [
+        str(name) for name, values in dataset.data_vars.items()
+        if not local & {str(dim) for dim in values.dims}
+    ]  # fmt: skip
+
+
+def diagnose(dataset: xr.Dataset) -> dict[str, Any]:
+    """R-hat and effective draws of the reported variables (Vehtari et al. 2021).
+
+    Returns: per-variable worst values, the overall worst, and which variable it is.
+    """
+    import warnings
+
+    with warnings.catch_warnings():
+        # ArviZ 0.23 announces its own next version on import.
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz as az
+    chosen = dataset[reported(dataset)].drop_vars(["family", "slope"], errors="ignore")
+    worst: dict[str, dict[str, float]] = {}
+    r_hat = az.rhat(chosen)
+    bulk, tail = az.ess(chosen, method="bulk"), az.ess(chosen, method="tail")
+    for name in chosen.data_vars:
+        worst[str(name)] = {
+            "r_hat": float(np.nanmax(np.atleast_1d(_dataset(r_hat)[name].to_numpy()))),
+            "ess_bulk": float(np.nanmin(np.atleast_1d(_dataset(bulk)[name].to_numpy()))),
+            "ess_tail": float(np.nanmin(np.atleast_1d(_dataset(tail)[name].to_numpy()))),
+        }
+    by_r_hat = max(worst, key=lambda name: worst[name]["r_hat"])
+    by_ess = min(worst, key=lambda name: min(worst[name]["ess_bulk"], worst[name]["ess_tail"]))
+    sizes = dataset.sizes
+    return {
+        "num_chains": int(sizes["chain"]),
+        "num_draws": int(sizes["draw"]),
+        "max_r_hat": worst[by_r_hat]["r_hat"],
+        "max_r_hat_of": by_r_hat,
+        "min_ess": min(worst[by_ess]["ess_bulk"], worst[by_ess]["ess_tail"]),
+        "min_ess_of": by_ess,
+        "variables": worst,
+    }
+
+
+def _dataset(found: Any) -> xr.Dataset:
+    """ArviZ 1 answers with a DataTree where ArviZ 0 answered with a Dataset."""
+    return found if isinstance(found, xr.Dataset) else found.to_dataset()
+
+
+def _verdict(diagnostics: Mapping[str, Any]) -> tuple[bool, str]:
+    total = diagnostics["num_chains"] * diagnostics["num_draws"]
+    faults = []
+    if not diagnostics["max_r_hat"] <= MAX_R_HAT:
+        faults.append(
+            f"the chains disagree on {diagnostics['max_r_hat_of']} "
+            f"(R-hat {diagnostics['max_r_hat']:.3f}, wanted at most {MAX_R_HAT})"
+        )
+    if not diagnostics["min_ess"] >= MIN_EFFECTIVE_DRAWS:
+        faults.append(
+            f"{diagnostics['min_ess_of']} has {diagnostics['min_ess']:.0f} effective draws "
+            f"of {total} (wanted at least {MIN_EFFECTIVE_DRAWS:.0f})"
+        )
+    if diagnostics.get("divergences", 0.0) > MAX_DIVERGENT_SHARE * total:
+        faults.append(
+            f"{diagnostics['divergences']:.0f} of {total} transitions diverged: the sampler could "
+            "not follow the posterior everywhere"
+        )
+    if faults:
+        return False, (
+            "Do not trust this fit: " + "; ".join(faults) + ". Give it more draws (--draws), "
+            "another seed, or look for rows that contradict each other (bayeslr check)."
+        )
+    return True, (
+        f"The sampler converged: R-hat at most {diagnostics['max_r_hat']:.3f}, at least "
+        f"{diagnostics['min_ess']:.0f} effective draws for every parameter, "
+        f"{diagnostics.get('divergences', 0.0):.0f} divergent transitions."
+    )
+
+
+def save(posterior: Posterior, path: str | Path) -> None:
+    """Write the fit folder at ``path``, replacing one that is there, in one rename.
+
+    Raises: StorageError if the disk is full or the path is something else than a fit folder.
+    """
+    path = Path(path)
+    if (
+        path.exists()
+        and not (path / FIT_FILE).exists()
+        and (not path.is_dir() or any(path.iterdir()))
+    ):
+        raise StorageError(f"{path} exists and is no fit folder; choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        encoding = {str(name): {"dtype": "float32", "zlib": True, "complevel": 1}
+                    for name in posterior.draws.data_vars}  # fmt: skip
+        posterior.draws.assign_attrs(schema_version=SCHEMA_VERSION).to_netcdf(
+            folder / POSTERIOR_FILE, engine="h5netcdf", encoding=encoding
+        )
+        if posterior.runs is not None:
+            posterior.runs.write(folder / RUNS_FILE)
+        document = {**posterior.info, "prior": _prior_document(posterior.prior)}
+        (folder / FIT_FILE).write_text(
+            json.dumps(_finite(document), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
+        old = path.with_name(f".{path.name}-old-{os.getpid()}")
+        if path.exists():
+            path.rename(old)
+        folder.rename(path)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise StorageError(
+            f"the fit could not be written to {path}: {error}; what was there before is untouched"
+        ) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def load(path: str | Path) -> Posterior:
+    """Read a fit folder. Raises: StorageError if it is missing, damaged or of another schema."""
+    path = Path(path)
+    if not (path / FIT_FILE).is_file():
+        raise StorageError(
+            f"{path} is no fit folder: {FIT_FILE} is missing; make one with bayeslr fit"
+        )
+    try:
+        info = json.loads((path / FIT_FILE).read_text(encoding="utf-8"))
+        if info["schema_version"] != SCHEMA_VERSION:
+            raise StorageError(
+                f"{path} has schema version {info['schema_version']}, this release reads "
+                f"{SCHEMA_VERSION}; fit again from its {RUNS_FILE}"
+            )
+        with xr.open_dataset(path / POSTERIOR_FILE, engine="h5netcdf") as dataset:
+            draws = dataset.load()
+        prior = _prior_from(info.pop("prior"))
+        runs = read_runs(path / RUNS_FILE) if (path / RUNS_FILE).is_file() else None
+        if runs is not None and runs.data_hash != info["data_hash"]:
+            raise StorageError(f"{path}: {RUNS_FILE} is not the table that was fitted; fit again")
+    except BayeslrError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{path} is damaged ({type(error).__name__}: {error}); fit again from the runs"
+        ) from error
+    if info["method"] != "prior" and runs is None:
+        raise StorageError(f"{path} is damaged: {RUNS_FILE} is missing; fit again from the runs")
+    design = build_design(runs) if runs is not None else None
+    return Posterior(draws=draws, prior=prior, info=info, design=design, runs=runs)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    if isinstance(value, float | np.floating):
+        return float(value) if np.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
+
+
+def _prior_document(prior: Prior) -> dict[str, Any]:
+    document = {
+        f.name: getattr(prior, f.name) for f in dataclasses.fields(prior) if f.name != "path"
+    }
+    document["parameters"] = {
+        name: dataclasses.asdict(entry) for name, entry in prior.parameters.items()
+    }
+    return document
+
+
+def _prior_from(document: Mapping[str, Any]) -> Prior:
+    parameters = {name: Distribution(**entry) for name, entry in document["parameters"].items()}
+    return Prior(**{**document, "parameters": parameters})
+
+
+def require_convention(posterior: Posterior, target: Target) -> None:
+    """Refuse a target whose parameters are counted otherwise than the fitted runs'.
+
+    Raises: DataError.
+    """
+    fitted = posterior.info.get("param_convention")
+    if fitted is not None and target.param_convention != fitted:
+        raise DataError(
+            f"target {target.target_id} counts {target.param_convention} parameters, the fitted "
+            f"runs {fitted}; state the target's counts as the runs do"
+        )
