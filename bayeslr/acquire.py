@@ -1,0 +1,291 @@
+"""What to run next: the runs that lower the targets' expected regret most per FLOP.
+
+No sampling per candidate: the posterior draws hold, jointly, each candidate's loss and each
+target's ln LR*. Observing a loss then shrinks the variance of ln LR* by the part that it explains
+(a linear-Gaussian update of the draws, Matheron's rule), and the regret of the best choice at a
+target is curvature times variance near its optimum. Nats become FLOPs of the target through its
+loss-token law, so that a run is worth its cost while the FLOPs it saves exceed its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bayeslr import laws
+from bayeslr.posterior import Posterior
+from bayeslr.predict import TargetDraws, extra_tokens_share, target_draws
+from bayeslr.runner_protocol import find_runner
+from bayeslr.space import candidates as candidates_of
+from bayeslr.space import targets_of
+from bayeslr.specs import Recipe, RunSpec, Target
+from bayeslr.units import format_quantity
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    FloatArray = NDArray[np.float64]
+
+_MAX_DRAWS = 600
+
+# A loss this far above the floor says "far too high" or "diverged", and no more than that.
+_MAX_EXCESS = 0.3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Candidate:
+    """A run that could be paid for, and what it would cost in FLOPs."""
+
+    spec: RunSpec
+    flops: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Proposal:
+    """A run to pay for.
+
+    ``saves_nats`` is the expected fall of the targets' mean regret, ``saves_flops`` the same as
+    compute of the targets, both given the proposals before it. ``p_diverge`` is the run's own.
+    """
+
+    spec: RunSpec
+    flops: float
+    saves_nats: float
+    saves_flops: float
+    p_diverge: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Proposals in order, and why there are no more of them.
+
+    ``regret_now`` and ``regret_after`` are the targets' mean expected regret in nats.
+    """
+
+    proposals: tuple[Proposal, ...]
+    regret_now: float
+    regret_after: float
+    stop_reason: str
+
+
+class _Beliefs:
+    """Joint draws of the candidates' losses and the targets' ln LR*, updated run by run."""
+
+    def __init__(self, posterior: Posterior, candidates: Sequence[Candidate],
+                 targets: Sequence[Target], weights: FloatArray, seed: int) -> None:  # fmt: skip
+        cells: dict[tuple[float, ...], int] = {}
+        cell_of: list[list[int]] = []
+        extra: list[Target] = []
+        for candidate in candidates:
+            spec, mine = candidate.spec, []
+            for tokens in spec.decay_at:
+                key = (spec.n_active, spec.n_total, float(tokens), spec.batch_tokens)
+                if key not in cells:
+                    cells[key] = len(extra)
+                    extra.append(Target(
+                        target_id=f"cell{len(extra)}", family=spec.family,
+                        n_active=spec.n_active, n_total=spec.n_total, tokens=tokens,
+                        batch_tokens=min(spec.batch_tokens, tokens),
+                        param_convention=spec.param_convention,
+                    ))  # fmt: skip
+                mine.append(cells[key])
+            cell_of.append(mine)
+        at = target_draws(posterior, [*targets, *extra], max_draws=_MAX_DRAWS)
+        self.num_targets = len(targets)
+        self.at = at
+        self.goal = at.log_lr[:, : len(targets)].copy()
+        curvature = np.exp(at.log_curvature[:, : len(targets)]).mean(axis=0)
+        self.weight = weights * curvature
+        # Observations: every decay branch of every candidate.
+        num_obs = max(len(mine) for mine in cell_of)
+        self.valid = np.zeros((len(candidates), num_obs), dtype=bool)
+        column = np.zeros((len(candidates), num_obs), dtype=np.int64)
+        for i, mine in enumerate(cell_of):
+            self.valid[i, : len(mine)] = True
+            column[i, : len(mine)] = np.asarray(mine) + len(targets)
+        log_lr = np.log([candidate.spec.lr for candidate in candidates])
+        u = log_lr[None, :, None] - at.log_lr[:, column]
+        excess = laws.valley_excess(u, np.exp(at.log_curvature[:, column]), at.skew[:, column])
+        logit = (log_lr[None, :, None] - at.log_edge[:, column]) / at.edge_width[:, :, None]
+        lost = 1.0 / (1.0 + np.exp(-np.clip(logit, -500, 500)))
+        self.p_diverge = lost.mean(axis=0)[:, 0]
+        rng = np.random.default_rng([seed, 20_260_106])
+        finished = np.minimum(excess, _MAX_EXCESS)
+        diverged = rng.random(size=lost.shape) < lost
+        self.loss = at.floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
+        noise = _noise(posterior, len(self.loss))
+        self.noise_variance = np.mean(
+            noise[0][:, None, None] ** 2 + (noise[1][:, None, None] * finished) ** 2, axis=0
+        )
+        self._center()
+
+    def _center(self) -> None:
+        self.goal -= self.goal.mean(axis=0)
+        self.loss -= self.loss.mean(axis=0)
+
+    def regret(self) -> float:
+        """Weighted expected regret of the best choice at the targets, nats."""
+        return float(self.weight @ self.goal.var(axis=0))
+
+    def gains(self) -> FloatArray:
+        """Expected fall of the weighted regret by candidate, nats, (candidate,)."""
+        draws = len(self.goal)
+        covariance = np.einsum("dt,dco->cot", self.goal, self.loss) / draws
+        spread = np.einsum("dco,dcp->cop", self.loss, self.loss) / draws
+        eye = np.eye(spread.shape[1])
+        spread = spread + self.noise_variance[:, :, None] * eye
+        outer = self.valid[:, :, None] & self.valid[:, None, :]
+        spread = np.where(outer, spread, eye)
+        covariance = np.where(self.valid[:, :, None], covariance, 0.0)
+        solved = np.linalg.solve(spread, covariance)
+        explained = np.einsum("cot,cot->ct", covariance, solved)
+        # With few draws a correlation is never exactly zero: what noise alone would explain is
+        # taken off, so that useless runs gain nothing.
+        chance = self.valid.sum(axis=1)[:, None] / draws * self.goal.var(axis=0)
+        return np.asarray(np.maximum(explained - chance, 0.0) @ self.weight)
+
+    def observe(self, chosen: int) -> None:
+        """Condition all draws on a candidate having been run."""
+        rng = np.random.default_rng(chosen)
+        for o in np.flatnonzero(self.valid[chosen]):
+            variance = self.noise_variance[chosen, o]
+            seen = self.loss[:, chosen, o] + math.sqrt(variance) * rng.normal(size=len(self.goal))
+            seen = seen - seen.mean()
+            total = float(seen @ seen)
+            self.goal -= np.outer(seen, seen @ self.goal / total)
+            share = np.einsum("d,dco->co", seen, self.loss) / total
+            self.loss -= seen[:, None, None] * share
+        self._center()
+
+
+def _noise(posterior: Posterior, num_draws: int) -> tuple[FloatArray, FloatArray]:
+    """Draws of the seed noise (nats) and of the misfit's share of the excess."""
+    kept = np.linspace(
+        0, posterior.draws.sizes["chain"] * posterior.draws.sizes["draw"] - 1, num_draws
+    ).astype(int)
+    noise = posterior.flat("noise_sd")
+    return (noise[:, 0] if noise.ndim == 2 else noise)[kept], posterior.flat("noise_share")[kept]
+
+
+def _worth(at: TargetDraws, targets: Sequence[Target], nats: float) -> float:
+    """FLOPs of the targets that ``nats`` of regret at each of them stands for."""
+    share = extra_tokens_share(at, np.full(at.log_lr.shape[1], nats))[: len(targets)]
+    return float(np.sum(share * np.array([target.flops for target in targets])))
+
+
+def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
+            num_runs: int, budget_flops: float, seed: int,
+            weights: Sequence[float] | None = None) -> list[Proposal]:  # fmt: skip
+    """Up to ``num_runs`` proposals within the budget, best first; none when none pays.
+
+    weights: of the targets, default equal. Raises: DataError through the targets' checks.
+    """
+    found = choose(
+        posterior, candidates, targets, num_runs=num_runs, budget_flops=budget_flops, seed=seed,
+        weights=weights,
+    )  # fmt: skip
+    return list(found.proposals)
+
+
+def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
+           num_runs: int, budget_flops: float, seed: int,
+           weights: Sequence[float] | None = None) -> Plan:  # fmt: skip
+    """As `propose`, with the regret before and after, and the reason for stopping."""
+    share = np.ones(len(targets)) if weights is None else np.asarray(weights, dtype=float)
+    share = share / share.sum()
+    if not candidates:
+        return Plan(proposals=(), regret_now=math.nan, regret_after=math.nan,
+                    stop_reason="every run of the space has been made")  # fmt: skip
+    beliefs = _Beliefs(posterior, candidates, targets, share, seed)
+    flops = np.array([candidate.flops for candidate in candidates])
+    open_ = np.ones(len(candidates), dtype=bool)
+    regret_now = beliefs.regret()
+    left, proposals = budget_flops, []
+    stop_reason = f"{num_runs} runs were asked for"
+    while len(proposals) < num_runs:
+        gains = np.where(open_ & (flops <= left), beliefs.gains(), 0.0)
+        per_flop = gains / flops
+        best = int(np.argmax(per_flop))
+        if gains[best] <= 0:
+            affordable = bool((open_ & (flops <= left)).any())
+            stop_reason = (
+                "no run that is left would tell anything about the targets" if affordable
+                else f"no run fits into the {format_quantity(left)} FLOPs that are left"
+            )  # fmt: skip
+            break
+        saves_flops = _worth(beliefs.at, targets, float(gains[best]))
+        if saves_flops < flops[best]:
+            stop_reason = (
+                f"the best run left would save an expected {format_quantity(saves_flops)} FLOPs "
+                f"at the targets and costs {format_quantity(flops[best])}"
+            )
+            break
+        spec = candidates[best].spec
+        proposals.append(
+            Proposal(
+                spec=spec,
+                flops=float(flops[best]),
+                saves_nats=float(gains[best]),
+                saves_flops=saves_flops,
+                p_diverge=float(beliefs.p_diverge[best]),
+                reason=(
+                    f"lowers the expected regret at the targets by {gains[best]:.2g} nats, worth "
+                    f"{format_quantity(saves_flops)} FLOPs there, for "
+                    f"{format_quantity(flops[best])}"
+                ),
+            )
+        )
+        beliefs.observe(best)
+        left -= float(flops[best])
+        open_[best] = False
+    return Plan(
+        proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
+        stop_reason=stop_reason,
+    )  # fmt: skip
+
+
+def _keys(spec: RunSpec) -> set[tuple[float, ...]]:
+    """What a run measures: size, horizon, batch and LR (to four figures), one entry a branch."""
+    lr = float(f"{spec.lr:.4g}")
+    return {
+        (spec.n_active, spec.n_total, tokens, spec.batch_tokens, lr) for tokens in spec.decay_at
+    }
+
+
+def _seen(posterior: Posterior) -> set[tuple[float, ...]]:
+    if posterior.runs is None:
+        return set()
+    frame = posterior.runs.frame
+    frame = frame[frame["status"].isin(["ok", "diverged"])]
+    horizon = frame["planned_tokens"].where(frame["status"] == "diverged").fillna(frame["tokens"])
+    return {
+        (n_active, n_total, tokens, batch, float(f"{lr:.4g}"))
+        for n_active, n_total, tokens, batch, lr in zip(
+            frame["n_active"], frame["n_total"], horizon, frame["batch_tokens"], frame["lr"],
+            strict=True,
+        )
+    }  # fmt: skip
+
+
+def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
+         num_runs: int | None = None, seed: int | None = None) -> Plan:  # fmt: skip
+    """The next runs of a recipe's space within a budget; all that pay, unless ``num_runs``.
+
+    Runs that the posterior has seen are not proposed again.
+    """
+    runner = find_runner(recipe)
+    seen = _seen(posterior)
+    pool = [p for p in candidates_of(recipe, runner) if not _keys(p.spec) <= seen]
+    return choose(
+        posterior,
+        [Candidate(spec=priced.spec, flops=priced.flops) for priced in pool],
+        targets_of(recipe, runner),
+        num_runs=num_runs if num_runs is not None else len(pool),
+        budget_flops=budget_flops,
+        seed=recipe.seed if seed is None else seed,
+    )

@@ -1,0 +1,292 @@
+"""Verbs on models: fit, predict, plan, report, calibrate."""
+
+from __future__ import annotations
+
+import json as json_module
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from bayeslr.errors import SpecError, UntrustworthyFit
+from bayeslr.units import format_quantity, parse_quantity
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayeslr.posterior import Posterior
+    from bayeslr.specs import Target
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+FitArgument = Annotated[Path, typer.Argument(help="Fit folder.", show_default=False)]
+TargetsOption = Annotated[
+    Path | None,
+    typer.Option("--targets", help="Table of targets: .csv, .parquet or .jsonl."),
+]
+
+
+def _echo(*lines: str, err: bool = False) -> None:
+    for line in lines:
+        typer.echo(line, err=err)
+
+
+def fit(
+    runs: Annotated[list[Path], typer.Argument(help="Run tables.", show_default=False)],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Fit folder to write.")] = Path("fit"),
+    prior: Annotated[str, typer.Option(help="Prior card: a name or a .toml file.")] = "moe-default",
+    method: Annotated[str, typer.Option(help="bayes or two-stage.")] = "bayes",
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 1,
+    draws: Annotated[int, typer.Option(min=100, help="Draws a chain.")] = 1000,
+    json: JsonOption = False,
+) -> None:
+    """Update a prior card with runs; write the fit folder. Exit code 4: not trustworthy."""
+    from bayeslr.priors import load_prior
+    from bayeslr.runs import first_reasons, read_runs
+    from bayeslr.sampling import fit as run_fit
+
+    card = load_prior(prior)
+    table = read_runs(*runs)
+    if len(table.quarantine):
+        _echo(
+            f"{len(table.quarantine)} rows are set aside (bayeslr check lists them):",
+            *(f"  {reason}" for reason in first_reasons(table.quarantine)),
+            err=True,
+        )
+    posterior = run_fit(
+        table, card, seed=seed, method=method, num_draws=draws, progress=sys.stderr.isatty()
+    )
+    posterior.save(out)
+    if json:
+        _echo(json_module.dumps({"fit": str(out), **posterior.info}, default=str))
+    else:
+        _echo(*_fit_summary(posterior), f"Fit written to {out}")
+    if not posterior.trustworthy:
+        raise UntrustworthyFit(str(posterior.info["verdict"]))
+
+
+def _fit_summary(posterior: Posterior) -> list[str]:
+    info = posterior.info
+    lines = [
+        f"{info['num_runs']} runs ({info['num_diverged']} diverged) in {info['num_slices']} slices "
+        f"of {', '.join(info['families'])}; card {posterior.prior.name}; "
+        f"{info['diagnostics']['seconds']:.0f} s",
+        str(info["verdict"]),
+    ]
+    if info["method"] == "bayes":
+        lines.append("Exponents of LR*, posterior (prior):")
+        for name in ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above"):
+            values, entry = posterior.flat(name), posterior.prior[name]
+            lines.append(
+                f"  {name:16s} {values.mean():+.3f} +- {values.std():.3f}   "
+                f"({entry.location:+.3f} +- {entry.scale:.3f})"
+            )
+    else:
+        names = [str(name) for name in posterior.draws["regressor"].to_numpy()]
+        coefficient = posterior.flat("coefficient")
+        r_squared = float(posterior.flat("r_squared").mean())
+        lines.append(f"Least squares, R^2 {r_squared:.3f}:")
+        lines += [
+            f"  {name:16s} {coefficient[:, i].mean():+.3f} +- {coefficient[:, i].std():.3f}"
+            for i, name in enumerate(names)
+        ]
+    lines += [f"Note: {note}" for note in info["identifiability"]]
+    return lines
+
+
+def predict(
+    fit: Annotated[
+        Path | None, typer.Argument(help="Fit folder; none with --prior alone.", show_default=False)
+    ] = None,
+    targets: TargetsOption = None,
+    n_active: Annotated[str | None, typer.Option(help="Active parameters, such as 1.3B.")] = None,
+    n_total: Annotated[
+        str | None, typer.Option(help="All parameters [default: as --n-active].")
+    ] = None,
+    tokens: Annotated[str | None, typer.Option(help="Training tokens, such as 500B.")] = None,
+    batch_tokens: Annotated[str | None, typer.Option(help="Tokens a step, such as 4M.")] = None,
+    family: Annotated[str | None, typer.Option(help="Family, if the fit has several.")] = None,
+    prior: Annotated[
+        str | None, typer.Option(help="Predict from this prior card alone, without a fit.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Predictions table to write.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """The LR at targets: recommendation, quantiles, expected regret, risk, distance to the data."""
+    from bayeslr.posterior import load
+    from bayeslr.predict import predict as run_predict
+    from bayeslr.predict import prior_posterior, read_targets
+
+    if (fit is None) == (prior is None):
+        raise SpecError("give either a fit folder or --prior CARD (and not both)")
+    posterior = load(fit) if fit is not None else prior_posterior(str(prior))
+    flags = {"n-active": n_active, "tokens": tokens, "batch-tokens": batch_tokens}
+    if targets is not None:
+        if any(value is not None for value in (*flags.values(), n_total)):
+            raise SpecError("give the targets by --targets or by flags, not both")
+        wanted = read_targets(targets)
+    else:
+        if missing := [name for name, value in flags.items() if value is None]:
+            raise SpecError(f"--{missing[0]} is missing; or give a table by --targets")
+        wanted = [
+            _target(
+                str(n_active), n_total, str(tokens), str(batch_tokens), family,
+                str(posterior.info.get("param_convention") or "non_embedding"),
+            )
+        ]  # fmt: skip
+    table = run_predict(posterior, wanted)
+    if out is not None:
+        _write_table(table, out)
+    if json:
+        _echo(table.to_json(orient="records"))
+    else:
+        if targets is None:
+            _echo(_echoed(wanted[0]))
+        _echo(*_prediction_lines(table))
+        if out is not None:
+            _echo(f"Predictions written to {out}")
+    if not posterior.trustworthy:
+        _echo(f"Warning: {posterior.info['verdict']}", err=True)
+
+
+def _target(n_active: str, n_total: str | None, tokens: str, batch_tokens: str,
+            family: str | None, convention: str) -> Target:  # fmt: skip
+    from bayeslr.specs import Target
+
+    active = parse_quantity(n_active, name="--n-active")
+    return Target(
+        target_id="target",
+        n_active=active,
+        n_total=parse_quantity(n_total, name="--n-total") if n_total is not None else active,
+        tokens=parse_quantity(tokens, name="--tokens"),
+        batch_tokens=parse_quantity(batch_tokens, name="--batch-tokens"),
+        family=family,
+        param_convention=convention,
+    )
+
+
+def _echoed(target: Target) -> str:
+    return (
+        f"Target: {target.n_active:,.0f} active of {target.n_total:,.0f} "
+        f"{target.param_convention.replace('_', '-')} parameters, {target.tokens:,.0f} tokens, "
+        f"batch {target.batch_tokens:,.0f} tokens, {target.flops:.3g} FLOPs"
+    )
+
+
+def _prediction_lines(table: pd.DataFrame) -> list[str]:
+    if len(table) == 1:
+        return [str(table["sentence"].iloc[0])]
+    width = max(len("target"), *(len(str(name)) for name in table["target_id"]))
+    lines = [
+        f"{'target':{width}s}  {'lr':>9s}  {'5 %':>9s}  {'50 %':>9s}  {'95 %':>9s}  "
+        f"{'regret':>7s}  {'+tokens':>8s}  {'diverge':>7s}  {'outside':>7s}"
+    ]
+    for row in table.to_dict("records"):
+        lines.append(
+            f"{row['target_id']!s:{width}s}  {row['lr']:9.3g}  {row['lr_q05']:9.3g}  "
+            f"{row['lr_q50']:9.3g}  {row['lr_q95']:9.3g}  {row['regret_mean']:7.4f}  "
+            f"{100 * row['extra_tokens']:6.1f} %  {100 * row['p_diverge']:5.1f} %  "
+            f"{row['extrapolation']:7.1f}"
+        )
+    return lines
+
+
+def _write_table(table: pd.DataFrame, out: Path) -> None:
+    from bayeslr.runs import write_atomically
+
+    suffix = out.suffix.lower()
+    if suffix == ".parquet":
+        write_atomically(out, lambda path: table.to_parquet(path, index=False))
+    elif suffix in (".jsonl", ".json"):
+        write_atomically(out, lambda path: table.to_json(path, orient="records", lines=True))
+    elif suffix == ".csv":
+        write_atomically(out, lambda path: table.to_csv(path, index=False))
+    else:
+        raise SpecError(f"{out} must end in .csv, .parquet or .jsonl")
+
+
+def plan(
+    fit: FitArgument,
+    space: Annotated[str, typer.Option("--space", help="Recipe whose space to choose from.")],
+    budget: Annotated[str, typer.Option("--budget", help="FLOPs to spend, such as 1e18.")],
+    num_runs: Annotated[int | None, typer.Option("--runs", help="At most so many runs.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="File for the run specs, JSON lines.")
+    ] = None,
+    json: JsonOption = False,
+) -> None:
+    """The next runs worth paying for: what each costs, what it buys, and when to stop."""
+    import dataclasses
+
+    from bayeslr.acquire import plan as make_plan
+    from bayeslr.loop import open_recipe
+    from bayeslr.posterior import load
+
+    posterior = load(fit)
+    found = make_plan(
+        posterior, open_recipe(space), budget_flops=parse_quantity(budget, name="--budget"),
+        num_runs=num_runs,
+    )  # fmt: skip
+    if out is not None:
+        text = "".join(proposal.spec.to_json() + "\n" for proposal in found.proposals)
+        out.write_text(text, encoding="utf-8")
+    if json:
+        _echo(json_module.dumps(dataclasses.asdict(found), default=str))
+        return
+    _echo(f"If nothing more is run: expected regret at the targets {found.regret_now:.2g} nats")
+    for i, proposal in enumerate(found.proposals, start=1):
+        spec = proposal.spec
+        _echo(
+            f"{i:3d}  {spec.shape.get('name', format_quantity(spec.n_active))}  "
+            f"tokens {format_quantity(spec.tokens)}  batch {format_quantity(spec.batch_tokens)}  "
+            f"lr {spec.lr:.3g}  cost {format_quantity(proposal.flops)} FLOPs  "
+            f"saves {proposal.saves_nats:.2g} nats = {format_quantity(proposal.saves_flops)} FLOPs"
+            f"  diverges with {100 * proposal.p_diverge:.0f} %"
+        )
+    total = sum(proposal.flops for proposal in found.proposals)
+    _echo(
+        f"{len(found.proposals)} runs, {format_quantity(total)} FLOPs: expected regret falls to "
+        f"{found.regret_after:.2g} nats. Then stop: {found.stop_reason}."
+    )
+
+
+def report(
+    fit: FitArgument,
+    out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path(
+        "report.html"
+    ),
+    targets: TargetsOption = None,
+) -> None:
+    """One self-contained HTML file: the answer, the valleys, the law, the diagnostics."""
+    from bayeslr.posterior import load
+    from bayeslr.predict import read_targets
+    from bayeslr.report import report as make_report
+
+    wanted = read_targets(targets) if targets is not None else []
+    make_report(load(fit), out, targets=wanted)
+    _echo(f"Report written to {out}")
+
+
+def calibrate(
+    prior: Annotated[str, typer.Option(help="Prior card.")] = "moe-default",
+    tables: Annotated[int, typer.Option(min=2, help="Tables to simulate and fit.")] = 20,
+    runs: Annotated[int, typer.Option(min=6, help="Runs a table, about.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 1,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML file of plots.")] = None,
+    json: JsonOption = False,
+) -> None:
+    """Simulation-based calibration and coverage: are the intervals what they say?"""
+    from bayeslr.calibration import calibrate as run_calibration
+
+    result = run_calibration(
+        prior, num_tables=tables, num_runs=runs, seed=seed, progress=sys.stderr.isatty()
+    )
+    document: dict[str, Any] = result.document()
+    if out is not None:
+        out.write_text(result.html(), encoding="utf-8")
+    _echo(json_module.dumps(document) if json else result.text())
+
+
+__all__ = ["calibrate", "fit", "plan", "predict", "report"]
