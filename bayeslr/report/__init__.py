@@ -1,0 +1,221 @@
+"""The planner's report: one self-contained HTML file, made from a posterior and its targets."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import sys
+import types
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from bayeslr import __version__
+from bayeslr.predict import predict
+from bayeslr.report import provenance, scaling, slices, targets
+from bayeslr.report.figures import LAW_DASHES
+from bayeslr.report.published import PUBLISHED_LAWS
+from bayeslr.report.text import lr_text, plain_exponents
+from bayeslr.runs import write_atomically
+from bayeslr.specs import Target
+
+if TYPE_CHECKING:
+    from bayeslr.posterior import Posterior
+
+__all__ = ["report"]
+
+
+def report(
+    posterior: Posterior,
+    path: str | Path,
+    *,
+    targets: Sequence[Target] | None = None,
+    validation: Sequence[str] = (),
+) -> Path:
+    """Write the report of a fit as one HTML file that needs nothing else.
+
+    Parameters
+    ----------
+    posterior
+        A fit, or the posterior of a prior card alone.
+    path
+        File to write, all or nothing.
+    targets
+        Runs to plan; the first one is in the figures. Without any, an example: ten times the
+        compute of the largest run.
+    validation
+        Lines that say what came of training the target for real, if that was done.
+
+    Returns
+    -------
+    Path
+        The file.
+
+    Raises
+    ------
+    DataError
+        A target counts parameters otherwise than the runs.
+    StorageError
+        The file cannot be written.
+    """
+    path = Path(path)
+    write_atomically(path, render(posterior, targets, validation).encode("utf-8"))
+    return path
+
+
+def render(
+    posterior: Posterior,
+    given: Sequence[Target] | None = None,
+    validation: Sequence[str] = (),
+) -> str:
+    """The report's HTML."""
+    folder = files("bayeslr.report")
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
+    css = (folder / "style.css").read_text(encoding="utf-8")
+    page = _page(posterior, list(given or []), validation)
+    return template.render(css=css, page=page)
+
+
+def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    chosen = given or [targets.example_target(posterior)]
+    predictions: list[dict[str, Any]] = predict(posterior, chosen).to_dict("records")  # type: ignore[assignment]
+    first, row = chosen[0], predictions[0]
+    rows, (strip_low, strip_high) = targets.target_rows(chosen, predictions)
+    all_slices = slices.read_slices(posterior)
+    exponents = scaling.exponent_cards(posterior, first)
+    has_design = posterior.design is not None
+    pictured = slices.nearest(posterior.design, all_slices, first) if posterior.design else []
+    title = (
+        f"Peak LR for {first.target_id}: {lr_text(row['lr'])}"
+        if len(chosen) == 1
+        else f"Peak LR for {len(chosen)} targets"
+    )
+    return {
+        "version": __version__,
+        "written_on": datetime.date.today().isoformat(),
+        "title": title,
+        "eyebrow": _eyebrow(posterior, bool(given)),
+        "sentence": plain_exponents(row["sentence"]),
+        "sentences": [plain_exponents(one["sentence"]) for one in predictions],
+        "tiles": targets.tiles(row) if len(chosen) == 1 else [],
+        "verdict": provenance.verdict(posterior, chosen, predictions, all_slices),
+        "targets": rows,
+        "strip_low": strip_low,
+        "strip_high": strip_high,
+        "focus": targets.choice(posterior, first, row["lr"]),
+        "validation": list(validation),
+        "scales": scaling.scale_figures(posterior, first, row, all_slices),
+        "scale_lead": _scale_lead(posterior, first),
+        "scale_legend": _scale_legend(has_design),
+        "laws": scaling.published_rows(first, row["lr"]),
+        "valleys": slices.valley_cards(posterior, pictured),
+        "valley_lead": _valley_lead(len(pictured), len(all_slices)),
+        "slices": slices.slice_rows(posterior, all_slices),
+        "exponents": exponents,
+        "exponent_sources": scaling.exponent_sources(exponents),
+        "exponent_lead": _exponent_lead(posterior),
+        "exponent_legend": _exponent_legend(posterior),
+        "diagnostics": provenance.diagnostics(posterior),
+        "sampler_lead": provenance.sampler_lead(posterior) if _sampled(posterior) else "",
+        "traces": provenance.traces(posterior),
+        "facts": provenance.facts(posterior),
+        "quarantine": provenance.quarantine(posterior),
+        "priors": provenance.prior_rows(posterior),
+        "numbers": json.dumps(
+            [{key: _json_number(value) for key, value in one.items()} for one in predictions],
+            indent=1, allow_nan=False,
+        ).replace("<", "\\u003c"),
+    }  # fmt: skip
+
+
+def _json_number(value: Any) -> Any:
+    """JSON knows neither infinity nor NaN."""
+    return None if isinstance(value, float) and not abs(value) < float("inf") else value
+
+
+def _sampled(posterior: Posterior) -> bool:
+    return "variables" in posterior.info["diagnostics"]
+
+
+def _eyebrow(posterior: Posterior, has_targets: bool) -> list[str]:
+    info = posterior.info
+    told = []
+    if posterior.design is not None:
+        families = info["families"]
+        told.append(f"{info['num_runs']} runs, {info['num_slices']} slices")
+        told.append(families[0] if len(families) == 1 else f"{len(families)} families")
+    told.append(f"prior card {posterior.prior.name}")
+    if not has_targets:
+        told.append("no target was given: an example")
+    return told
+
+
+def _scale_lead(posterior: Posterior, target: Target) -> str:
+    if posterior.design is None:
+        return "What the published evidence says about the optimal LR around the target."
+    family = f" of {target.family}" if target.family else ""
+    return (
+        f"The optimal LR{family} at sizes and horizons between the runs and {target.target_id}. "
+        "The bands are for a new run: they hold what is peculiar to a shape and a slice."
+    )
+
+
+def _scale_legend(has_runs: bool) -> list[tuple[Any, str]]:
+    entries: list[tuple[Any, str]] = [
+        ("bands", "optimum of a new run, 50 and 90 %"),
+        ("choice", "target: recommended LR and intervals"),
+    ]
+    if has_runs:
+        entries += [("optimum", "optimum of a slice, 90 %"), ("outside", "beyond the runs")]
+    for number, (law, dash) in enumerate(zip(PUBLISHED_LAWS, LAW_DASHES, strict=True), 1):
+        line = {"name": f"law{number}", "dash": " ".join(map(str, dash))}
+        entries.append((line, f"{law.label}, {law.source}"))
+    return entries
+
+
+def _valley_lead(num_pictured: int, num_slices: int) -> str:
+    which = (
+        "Every slice with at least two runs."
+        if num_pictured == num_slices
+        else f"{num_pictured} of {num_slices} slices: those nearest to the target."
+    )
+    return f"Loss against LR at one shape, token count and batch. {which}"
+
+
+def _exponent_lead(posterior: Posterior) -> str:
+    if posterior.design is None:
+        return "What the prior card holds, from the published evidence."
+    if "coefficient" in posterior.draws:
+        return "Least-squares coefficients; this method uses no prior."
+    return (
+        "How each quantity scales, before and after the runs. Where both curves are alike, the "
+        "answer rests on the published evidence."
+    )
+
+
+def _exponent_legend(posterior: Posterior) -> list[tuple[Any, str]]:
+    entries: list[tuple[Any, str]] = []
+    if "coefficient" not in posterior.draws:
+        entries.append(("prior", "prior"))
+    if posterior.design is not None:
+        entries.append(("posterior", "posterior, with 50 and 90 % intervals"))
+    return [*entries, ("published", "published values")]
+
+
+class _CallableModule(types.ModuleType):
+    """``bayeslr.report`` names a public function and this package: the package stands in for it.
+
+    The import system binds a submodule to its name in the parent, and so would hide the function
+    from everyone who says ``bayeslr.report(...)`` after something else has imported this package.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Path:
+        return report(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _CallableModule

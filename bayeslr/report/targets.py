@@ -1,0 +1,192 @@
+"""The planner's part of the report: targets, the choice of LR, and what another LR would cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayeslr import predict
+from bayeslr.report import figures
+from bayeslr.report.text import (
+    extrapolation_text,
+    factor_text,
+    interval_text,
+    lr_text,
+    nats_text,
+    risk_text,
+    scale_text,
+    share_text,
+)
+from bayeslr.specs import Target
+
+if TYPE_CHECKING:
+    from bayeslr.posterior import Posterior
+
+MULTIPLES = (0.25, 0.5, 2**-0.5, 1.0, 2**0.5, 2.0, 4.0)
+
+# Beyond one spread of the data the law, not the runs, carries the prediction.
+FAR = 1.0
+
+
+def example_target(posterior: Posterior) -> Target:
+    """A target for a report that was given none.
+
+    Ten times the compute of the fit's largest run (parameters and tokens each by the root of ten),
+    or the reference scale of the prior card where there are no runs.
+    """
+    design, prior = posterior.design, posterior.prior
+    if design is None:
+        return Target(
+            target_id="reference of the card",
+            n_active=prior.reference["n_active"],
+            n_total=prior.reference["n_total"],
+            tokens=prior.reference["tokens"],
+            batch_tokens=_rounded(math.exp(prior["best_batch_intercept"].location)),
+        )
+    x = design.slice_features()
+    largest = int(np.argmax(x["log_n_active"] + x["log_tokens"]))
+    n_active = math.exp(x["log_n_active"][largest]) * math.sqrt(10)
+    return Target(
+        target_id="ten times the largest run",
+        family=design.families[int(design.family_of_slice[largest])],
+        n_active=_rounded(n_active),
+        n_total=_rounded(n_active * math.exp(-x["log_sparsity"][largest])),
+        tokens=_rounded(math.exp(x["log_tokens"][largest]) * math.sqrt(10)),
+        batch_tokens=math.exp(x["log_batch"][largest]),
+        param_convention=posterior.info["param_convention"] or "non_embedding",
+    )
+
+
+def _rounded(number: float) -> float:
+    return float(f"{number:.2g}")
+
+
+def target_rows(
+    targets: Sequence[Target], predictions: Sequence[dict[str, Any]]
+) -> tuple[list[dict[str, Any]], tuple[str, str]]:
+    """Rows of the table of targets, and the LRs at both ends of its strips."""
+    low = min(row["lr_q05"] for row in predictions) / 1.15
+    high = max(row["lr_q95"] for row in predictions) * 1.15
+
+    def place(lr: float) -> float:
+        return round(2 + 172 * math.log(lr / low) / math.log(high / low), 1)
+
+    rows = []
+    for target, row in zip(targets, predictions, strict=True):
+        strip = {q: place(row[f"lr_{q}"]) for q in ("q05", "q25", "q75", "q95")}
+        rows.append(
+            {
+                "name": target.target_id,
+                "scale": scale_text(target),
+                "family_note": _family_note(row),
+                "lr": lr_text(row["lr"]),
+                "interval_50": interval_text(row["lr_q25"], row["lr_q75"]),
+                "interval_90": interval_text(row["lr_q05"], row["lr_q95"]),
+                "regret": nats_text(row["regret_mean"]),
+                "regret_q95": nats_text(row["regret_q95"]),
+                "extra_tokens": share_text(row["extra_tokens"]),
+                "p_diverge": risk_text(row["p_diverge"]),
+                "extrapolation": extrapolation_text(row["extrapolation"]),
+                "far": row["extrapolation"] > FAR,
+                "strip": {**strip, "lr": min(max(place(row["lr"]), 0.0), 176.0)},
+            }
+        )
+    return rows, (lr_text(low), lr_text(high))
+
+
+def _family_note(row: dict[str, Any]) -> str:
+    if row["level"] == "family":
+        return ""
+    if not math.isfinite(row["extrapolation"]):
+        return ""
+    return "a recipe without runs: population level"
+
+
+def tiles(row: dict[str, Any]) -> list[dict[str, str]]:
+    """The numbers of one target, large."""
+    far = row["extrapolation"]
+    return [
+        {
+            "label": "Recommended peak LR",
+            "value": lr_text(row["lr"]),
+            "note": f"median of the optimum {lr_text(row['lr_q50'])}",
+        },
+        {
+            "label": "50 % interval",
+            "value": interval_text(row["lr_q25"], row["lr_q75"]),
+            "note": factor_text(row["lr_q25"], row["lr_q75"]),
+        },
+        {
+            "label": "90 % interval",
+            "value": interval_text(row["lr_q05"], row["lr_q95"]),
+            "note": factor_text(row["lr_q05"], row["lr_q95"]),
+        },
+        {
+            "label": "Expected regret",
+            "value": f"{nats_text(row['regret_mean'])} nats",
+            "note": f"worth {share_text(row['extra_tokens'])} of the tokens; "
+            f"with 95 % below {nats_text(row['regret_q95'])}",
+        },
+        {
+            "label": "Risk of divergence",
+            "value": risk_text(row["p_diverge"]),
+            "note": "at the recommended LR",
+        },
+        {
+            "label": "Extrapolation",
+            "value": extrapolation_text(far),
+            "note": "from published laws alone"
+            if not math.isfinite(far)
+            else "the range of the runs"
+            if far == 0
+            else "times the runs' range beyond them",
+        },
+    ]
+
+
+def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
+    """What other LRs than the recommended one would cost at one target."""
+    at = predict.target_draws(posterior, [target])
+    has_edge = bool(np.isfinite(at.log_edge).all())
+    rows = []
+    for multiple in MULTIPLES:
+        log_lr = np.log([multiple * lr])
+        nats = predict.regret_draws(at, log_lr)[:, 0]
+        extra = predict.extra_tokens_share(at, np.array([nats.mean()]))[0]
+        risk = float(predict.p_diverge(at, log_lr).mean())
+        rows.append(
+            {
+                "times": f"× {multiple:.2g}",
+                "lr": lr_text(multiple * lr),
+                "regret": nats_text(float(nats.mean())),
+                "regret_q95": nats_text(float(np.quantile(nats, 0.95))),
+                "extra_tokens": share_text(float(extra)),
+                "p_diverge": risk_text(risk) if has_edge else "not modelled",
+                "chosen": multiple == 1.0,
+            }
+        )
+    grid = lr * np.geomspace(1 / 5, 5, 81)
+    curve = np.stack([predict.regret_draws(at, np.log([value]))[:, 0] for value in grid])
+    risks = np.array([predict.p_diverge(at, np.log([value]))[:, 0].mean() for value in grid])
+    half, double = rows[1]["regret"], rows[5]["regret"]
+    return {
+        "target": f"{target.target_id} ({scale_text(target)})",
+        "rows": rows,
+        "svg": figures.regret(
+            "choice",
+            lr=grid,
+            mean=curve.mean(axis=1),
+            q05=np.quantile(curve, 0.05, axis=1),
+            q95=np.quantile(curve, 0.95, axis=1),
+            p_diverge=risks,
+            choice=lr,
+            description=f"Expected regret of each LR. It is least at {lr_text(lr)}; at half of it "
+            f"{half} nats, at twice it {double} nats.",
+        ),
+        "caption": "Line: expected regret. Band: 90 % of the posterior. Diamond: the recommended "
+        "LR. Below: probability that the run diverges; a diverged run is charged "
+        f"{at.diverged_loss:.2g} nats.",
+    }

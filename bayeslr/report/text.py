@@ -1,0 +1,70 @@
+"""How the report writes numbers."""
+
+from __future__ import annotations
+
+import math
+import re
+
+from bayeslr.specs import Target
+from bayeslr.units import format_quantity
+
+
+def plain_exponents(text: str) -> str:
+    """``5.60e-04`` as ``5.60e-4``, wherever it stands in a text."""
+    return re.sub(r"(?<=\d)e([+-])0(\d)\b", r"e\1\2", text)
+
+
+def lr_text(lr: float) -> str:
+    """An LR to three figures: ``5.60e-4``."""
+    return plain_exponents(f"{lr:.2e}")
+
+
+def interval_text(low: float, high: float) -> str:
+    """Two LRs with a dash."""
+    return f"{lr_text(low)} – {lr_text(high)}"
+
+
+def factor_text(low: float, high: float) -> str:
+    """Width of an interval as people say it."""
+    return f"a factor of {high / low:.2g}"
+
+
+def nats_text(nats: float) -> str:
+    """A loss difference, to a tenth of the seed noise of a final loss (0.001 nats)."""
+    return f"{nats:.4f}" if nats < 0.1 else f"{nats:.2f}"
+
+
+def share_text(share: float) -> str:
+    """A share as a percentage, with no more figures than it has."""
+    if not math.isfinite(share):
+        return "not known"
+    percent = 100 * share
+    if percent >= 1000:
+        return "> 1000 %"
+    return f"{percent:.0f} %" if percent >= 9.95 else f"{percent:.1f} %"
+
+
+def risk_text(probability: float) -> str:
+    """A probability as a percentage; below one in a thousand it is not worth a figure."""
+    return "< 0.1 %" if probability < 1e-3 else share_text(probability)
+
+
+def extrapolation_text(distance: float) -> str:
+    """Distance from the data in words and spreads."""
+    if not math.isfinite(distance):
+        return "no runs"
+    return "inside" if distance == 0 else f"{distance:.1f}"
+
+
+def signed(number: float) -> str:
+    """An exponent to two decimals with its sign, the typographic minus included."""
+    return f"{number:+.2f}".replace("-", "−")
+
+
+def scale_text(target: Target) -> str:
+    """Size, horizon and batch of a target in one line."""
+    size = format_quantity(target.n_active)
+    if target.n_total > target.n_active:
+        size += f" of {format_quantity(target.n_total)}"
+    tokens, batch = format_quantity(target.tokens), format_quantity(target.batch_tokens)
+    return f"{size}, {tokens} tokens, batch {batch}"
