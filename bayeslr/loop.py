@@ -107,6 +107,8 @@ def sweep(
     recipe = open_recipe(recipe)
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
+    from bayeslr.report import report
+
     out = Path(out)
     runner = find_runner(recipe)
     check_recipe(recipe, runner)
@@ -130,10 +132,18 @@ def sweep(
         finally:
             study.close()
         result = _conclude(recipe, runner, out, trials, stop, progress)
-        if not recipe.validate_target:
-            return result
-        validation = _validate(result, runner, storage, progress)
-        return dataclasses.replace(result, validation=validation)
+        if recipe.validate_target:
+            validation = _validate(result, runner, storage, progress)
+            result = dataclasses.replace(result, validation=validation)
+        lines = result.validation.lines() if result.validation else []
+        progress("writing the report", transient=True)
+        report(
+            result.posterior,
+            out / "report.html",
+            targets=targets_of(recipe, runner),
+            validation=lines,
+        )
+        return result
 
 
 def work(
@@ -304,7 +314,7 @@ def _conclude(
     stop: Stop,
     progress: Progress,
 ) -> SweepResult:
-    """Last fit, predictions and report of a sweep that has stopped."""
+    """Last fit and predictions of a sweep that has stopped."""
     if not any(t.state in ("ok", "diverged") for t in trials):
         reasons = {t.status_reason for t in trials if t.finished and not t.void}
         raise DataError(
@@ -319,10 +329,8 @@ def _conclude(
     progress(f"fitting {len(table)} rows", transient=True)
     posterior = fit(table, recipe.prior, seed=recipe.seed)
     posterior.save(out / "fit")
-    targets = targets_of(recipe, runner)
-    predictions = predict(posterior, targets)
+    predictions = predict(posterior, targets_of(recipe, runner))
     predictions.to_csv(out / "predictions.csv", index=False)
-    _report(posterior, targets, out / "report.html")
     return SweepResult(
         recipe=recipe,
         out=out,
@@ -332,14 +340,6 @@ def _conclude(
         stop=stop,
         spent_flops=math.fsum(t.flops for t in trials),
     )
-
-
-def _report(posterior: Posterior, targets: Sequence[Target], path: Path) -> None:
-    if importlib.util.find_spec("bayeslr.report") is None:
-        return
-    from bayeslr.report import report
-
-    report(posterior, path, targets=targets)
 
 
 def _validate(

@@ -75,7 +75,7 @@ class Planner:
         batch: int,
     ) -> list[Due] | Stop:
         # JAX takes a second to load: a worker that never plans never pays it.
-        from bayeslr.acquire import Candidate, propose
+        from bayeslr.acquire import Candidate, choose
         from bayeslr.predict import predict
         from bayeslr.sampling import fit
 
@@ -88,7 +88,7 @@ class Planner:
             {"batch": batch, "runs": len(trials), "targets": predictions.to_dict("records")},
         )
         self._progress(prediction_line(predictions.to_dict("records")[0], len(trials)))
-        proposals = propose(
+        plan = choose(
             posterior,
             [Candidate(spec=p.spec, flops=p.flops) for p in pool],
             targets,
@@ -96,15 +96,11 @@ class Planner:
             budget_flops=budget_flops,
             seed=recipe.seed + batch,
         )
-        if not proposals:
-            return Stop(
-                kind="rule",
-                reason="no run of the space is expected to save more FLOPs at the target than it "
-                "costs",
-            )
+        if not plan.proposals:
+            return Stop(kind="rule", reason=plan.stop_reason)
         # Two horizons of one (shape, batch, LR) share their trunk: the first one proposed stands.
-        lines = {line_of(p.spec): p for p in reversed(proposals)}
-        kept = [p for p in proposals if lines[line_of(p.spec)] is p]
+        lines = {line_of(p.spec): p for p in reversed(plan.proposals)}
+        kept = [p for p in plan.proposals if lines[line_of(p.spec)] is p]
         return [Due(spec=p.spec, flops=p.flops, reason=p.reason) for p in kept]
 
 

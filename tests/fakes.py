@@ -23,6 +23,7 @@ import pandas as pd
 class FakePosterior:
     best_lr: float
     num_rows: int
+    trustworthy: bool = True
 
     def save(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
@@ -42,6 +43,12 @@ class Proposal:
     reason: str
 
 
+@dataclass(frozen=True)
+class Plan:
+    proposals: tuple[Proposal, ...]
+    stop_reason: str = "nothing pays"
+
+
 def fit(runs: Any, prior: str = "moe-default", *, seed: int = 1, **_: Any) -> FakePosterior:
     ok = runs.frame[runs.frame["status"] == "ok"]
     excess = ok["loss"] - ok.groupby(["n_active", "tokens"])["loss"].transform("min")
@@ -55,12 +62,13 @@ def predict(posterior: FakePosterior, targets: Sequence[Any]) -> pd.DataFrame:
     rows = [
         {"target_id": t.target_id, **{k: lr * f for k, f in factors.items()}}
         | {"regret_mean": 0.01, "regret_q95": 0.02, "p_diverge": 0.0, "extrapolation": 1.0}
+        | {"sentence": f"Train {t.target_id} with a peak LR of {lr:.3g}."}
         for t in targets
     ]
     return pd.DataFrame(rows)
 
 
-def propose(
+def choose(
     posterior: FakePosterior,
     candidates: Sequence[Candidate],
     targets: Sequence[Any],
@@ -68,7 +76,7 @@ def propose(
     num_runs: int,
     budget_flops: float,
     seed: int,
-) -> list[Proposal]:
+) -> Plan:
     """Nearest to the best LR first: depends on every loss so far, so a resumed sweep must agree."""
 
     def rank(c: Candidate) -> tuple[float, str]:
@@ -82,7 +90,11 @@ def propose(
             lines.add(line)
             budget_flops -= c.flops
             chosen.append(Proposal(c.spec, c.flops, f"nearest of {posterior.num_rows} rows"))
-    return chosen
+    return Plan(tuple(chosen))
+
+
+def report(posterior: FakePosterior, path: Path, *, targets: Any, validation: Any = ()) -> None:
+    path.write_text("\n".join(["<html>", *validation]))
 
 
 def modules() -> dict[str, types.ModuleType]:
@@ -90,9 +102,9 @@ def modules() -> dict[str, types.ModuleType]:
     contents: dict[str, dict[str, Any]] = {
         "bayeslr.sampling": {"fit": fit},
         "bayeslr.predict": {"predict": predict},
-        "bayeslr.acquire": {"propose": propose, "Candidate": Candidate},
+        "bayeslr.acquire": {"choose": choose, "Candidate": Candidate},
         "bayeslr.posterior": {"Posterior": FakePosterior},
-        "bayeslr.report": {"report": lambda posterior, path, targets: path.write_text("<html>")},
+        "bayeslr.report": {"report": report},
     }
     made = {}
     for name, content in contents.items():

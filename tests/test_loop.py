@@ -94,10 +94,10 @@ def test_max_runs_stops(tmp_path: Path) -> None:
 def test_an_empty_proposal_is_the_stop_rule(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys.modules["bayeslr.acquire"], "propose", lambda *_, **__: [])
+    monkeypatch.setattr(sys.modules["bayeslr.acquire"], "choose", lambda *_, **__: fakes.Plan(()))
     result, _ = sweep(tmp_path)
     assert (result.stop.kind, len(finished_runs(tmp_path))) == ("rule", 6)
-    assert "expected to save" in result.stop.reason
+    assert result.stop.reason == "nothing pays"
 
 
 def test_a_space_that_is_used_up_stops(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def test_a_sweep_prints_a_line_a_run_and_its_answer(recipe: Path, tmp_path: Path
     done = bayeslr("sweep", recipe, "--out", tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert done.stderr.count("% of budget] toy-") == 7 + 3
-    assert "big: train at peak LR" in done.stdout
+    assert "big: Train big with a peak LR of" in done.stdout
     assert "recommended" in done.stdout
     assert "report.html, runs.parquet, predictions.csv, fit" in done.stdout
     assert "\r" not in done.stderr

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayeslr.errors import UntrustworthyFit
+
 if TYPE_CHECKING:
     from bayeslr.loop import SweepResult
 
@@ -41,6 +43,7 @@ def quickstart(out: Out = Path("quickstart-out"), seed: Seed = None) -> None:
         f"  cp {_shipped('command')} my_sweep.toml",
         "  bayeslr sweep my_sweep.toml --out my-sweep",
     )
+    _require_trust(result)
 
 
 def sweep(
@@ -67,6 +70,7 @@ def sweep(
     folder = Path(f"{opened.name}-out") if out is None else out
     result = run_sweep(opened, folder, storage=storage, seed=seed, retry=retry, progress=Lines())
     _print_summary(result)
+    _require_trust(result)
 
 
 def worker(
@@ -125,11 +129,7 @@ def _print_summary(result: SweepResult) -> None:
     )
     rows: list[dict[str, Any]] = result.predictions.to_dict("records")  # type: ignore[assignment]
     for row in rows:
-        _echo(
-            f"{row['target_id']}: train at peak LR {row['lr']:.3g} (90 % interval of the optimum "
-            f"{row['lr_q05']:.3g} to {row['lr_q95']:.3g}; expected regret {row['regret_mean']:.2g} "
-            "nats)"
-        )
+        _echo(f"{row['target_id']}: {row['sentence']}")
     if result.validation is not None:
         _echo("", *result.validation.lines())
     left = [
@@ -138,6 +138,12 @@ def _print_summary(result: SweepResult) -> None:
         if (result.out / n).exists()
     ]
     _echo("", f"In {result.out}: {', '.join(left)}")
+
+
+def _require_trust(result: SweepResult) -> None:
+    """Exit code 4, after all has been printed, if the last fit failed its gate."""
+    if not result.posterior.trustworthy:
+        raise UntrustworthyFit(str(result.posterior.info["verdict"]))
 
 
 def _print_description(plan: dict[str, Any]) -> None:
