@@ -184,7 +184,7 @@ def test_loss_at_initialisation_is_ln_vocabulary(shape: MoeShape) -> None:
     with torch.no_grad():
         logits_BSV, _ = model(row_BS)
     loss = F.cross_entropy(logits_BSV[:, :-1].flatten(0, 1), row_BS[:, 1:].flatten())
-    assert loss.item() == pytest.approx(math.log(256), abs=0.02)
+    assert loss.item() == pytest.approx(math.log(256), abs=0.06)
 
 
 @pytest.mark.parametrize(

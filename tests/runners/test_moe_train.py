@@ -148,9 +148,11 @@ def test_same_seed_same_result_and_another_seed_another(unbroken: Path, tmp_path
 
 def test_decay_lowers_the_loss(tmp_path: Path) -> None:
     for schedule in ("wsd", "constant"):
-        train(folder(tmp_path / schedule, spec(lr=0.05, decay_at=(), schedule=schedule)))
+        train(
+            folder(tmp_path / schedule, spec(lr=0.1, tokens=25_600, decay_at=(), schedule=schedule))
+        )
     decayed, undecayed = (rows(tmp_path / name)[-1]["loss"] for name in ("wsd", "constant"))
-    assert decayed < undecayed
+    assert decayed < undecayed - 0.01
 
 
 # Steps: 20 on the trunk, 5 in its first branch, 20 more on the trunk, 10 in the last branch.
@@ -311,7 +313,7 @@ def test_selection_bias_evens_the_load(tmp_path: Path) -> None:
         trainer = Trainer.build(run)
         with torch.no_grad():
             for block in trainer.model.blocks:
-                block.moe.router *= 20
+                block.moe.router *= 7
         for number in range(60):
             trainer.step(number, 0.01)
         loads[rate] = trainer.measure().diagnostics["max_load"]

@@ -34,8 +34,12 @@ from bayeslr.errors import SpecError
 from bayeslr_runners.moe.options import GROUPS, ScalingOptions
 from bayeslr_runners.moe.shapes import MoeShape
 
-# Std of embedding, router and head at the base shape (GPT-2 and Megatron use it throughout).
-BASE_STD = 0.02
+# Std of the embedding, as in the standard parametrisation of Everett et al. 2024. With the 0.02 of
+# GPT-2, networks this small are a tenth of a nat behind after 200k tokens (docs/log.md).
+EMBEDDING_STD = 1.0
+# Std of head and router times the square root of their fan-in, so of the logits at the start: small
+# against 1, so that the first loss is ln(vocabulary) and the first routing nearly uniform.
+LOGIT_STD = 0.25
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,13 +139,13 @@ def _sp(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:
     shape = ratios.shape
     return Parametrization(
         groups={
-            "embedding": GroupRule(init_std=BASE_STD),
+            "embedding": GroupRule(init_std=EMBEDDING_STD),
             "attention": GroupRule(init_std=shape.d_model**-0.5),
-            "router": GroupRule(init_std=BASE_STD),
+            "router": GroupRule(init_std=LOGIT_STD * shape.d_model**-0.5),
             "expert_up": GroupRule(init_std=shape.d_model**-0.5),
             "expert_down": GroupRule(init_std=shape.d_expert**-0.5),
             "norm": GroupRule(init_std=0.0, weight_decay=0.0),
-            "head": GroupRule(init_std=BASE_STD),
+            "head": GroupRule(init_std=LOGIT_STD * shape.d_model**-0.5),
         },
         attention_scale=shape.d_head**-0.5,
         # Normalised over a single chosen expert the gate would be 1 and the router untrained.
@@ -155,12 +159,16 @@ def _mup(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:
     hidden = {"lr": 1 / width, "weight_decay": width, "eps": 1 / width}
     groups = base.groups | {
         "attention": replace(base.groups["attention"], **hidden),
-        "router": GroupRule(init_std=BASE_STD * width**-0.5, **hidden),
+        "router": replace(base.groups["router"], **hidden),
         "expert_up": replace(base.groups["expert_up"], **hidden),
         "expert_down": replace(
             base.groups["expert_down"], lr=1 / expert, weight_decay=expert, eps=1 / width
         ),
-        "head": replace(base.groups["head"], output=1 / width),
+        "head": replace(
+            base.groups["head"],
+            init_std=LOGIT_STD * ratios.base.d_model**-0.5,
+            output=1 / width,
+        ),
     }
     return replace(base, groups=groups, attention_scale=ratios.mup_attention_scale)
 
@@ -192,7 +200,9 @@ def _moe_fixed_sparsity(ratios: _Ratios, scaling: ScalingOptions) -> Parametriza
     rules = _with_depth(_mup(ratios, scaling), ratios.depth, 1.0)
     groups = dict(rules.groups)
     groups["embedding"] = replace(groups["embedding"], eps=1 / ratios.width)
-    groups["router"] = replace(groups["router"], init_std=BASE_STD / ratios.width)
+    groups["router"] = replace(
+        groups["router"], init_std=groups["router"].init_std * ratios.width**-0.5
+    )
     groups["expert_down"] = replace(
         groups["expert_down"],
         init_std=base.d_expert**-0.5 * ratios.width**0.5 / ratios.expert,
