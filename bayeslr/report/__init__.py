@@ -85,7 +85,7 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
     chosen = given or [targets.example_target(posterior)]
     predictions: list[dict[str, Any]] = predict(posterior, chosen).to_dict("records")  # type: ignore[assignment]
     first, row = chosen[0], predictions[0]
-    rows, (strip_low, strip_high) = targets.target_rows(chosen, predictions)
+    rows, (strip_low, strip_high) = targets.target_rows(posterior, chosen, predictions)
     all_slices = slices.read_slices(posterior)
     exponents = scaling.exponent_cards(posterior, first)
     has_design = posterior.design is not None
@@ -102,8 +102,8 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "eyebrow": _eyebrow(posterior, bool(given)),
         "sentence": plain_exponents(row["sentence"]),
         "sentences": [plain_exponents(one["sentence"]) for one in predictions],
-        "tiles": targets.tiles(row) if len(chosen) == 1 else [],
-        "verdict": provenance.verdict(posterior, chosen, predictions, all_slices),
+        "tiles": targets.tiles(posterior, row) if len(chosen) == 1 else [],
+        "verdict": provenance.verdict(posterior, chosen, predictions),
         "targets": rows,
         "strip_low": strip_low,
         "strip_high": strip_high,

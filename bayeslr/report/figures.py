@@ -147,13 +147,12 @@ def valley(
     run_loss: FloatArray,
     diverged_lr: FloatArray,
     star: Mapping[str, float],
-    edge: str | None,
     description: str,
 ) -> str:
     """Loss against LR in one slice.
 
     ``bands`` are quantiles of the mean loss (lr,), in nats; ``star`` quantiles of LR*; either may
-    be empty. ``edge`` is ``low`` or ``high`` where the best run is the outermost one on that side.
+    be empty.
     """
     with _drawing(285, 195) as figure:
         axes = figure.subplots()
@@ -190,12 +189,6 @@ def valley(
         axes.grid(axis="y")
         axes.set_xlabel("peak LR")
         axes.set_ylabel("loss, nats")
-        if edge is not None:
-            place, align = (0.985, "right") if edge == "high" else (0.015, "left")
-            axes.text(
-                place, 0.03, f"best at the {edge} edge", transform=axes.transAxes,
-                ha=align, color=WARN, fontsize=8.5,
-            )  # fmt: skip
         return _to_svg(figure, name, description)
 
 

@@ -10,7 +10,6 @@ import numpy as np
 
 from bayeslr.priors import PARAMETERS, Distribution
 from bayeslr.report import figures
-from bayeslr.report.slices import Slice
 from bayeslr.report.targets import FAR
 from bayeslr.specs import Target
 from bayeslr.units import format_quantity
@@ -25,7 +24,6 @@ def verdict(
     posterior: Posterior,
     targets: Sequence[Target],
     predictions: Sequence[dict[str, Any]],
-    slices: Sequence[Slice],
 ) -> dict[str, Any]:
     """The fit's own verdict, and what a planner should keep in mind."""
     method = posterior.info["method"]
@@ -40,7 +38,6 @@ def verdict(
         "text": text,
         "notes": [
             *_distance_notes(posterior, targets, predictions),
-            *_slice_notes(slices),
             *(_sentence(text) for text in posterior.info["identifiability"]),
         ],
     }
@@ -83,19 +80,6 @@ def _distance_notes(
             "recipes, and wider for it."
         )
     return notes
-
-
-def _slice_notes(slices: Sequence[Slice]) -> list[str]:
-    edges = [one for one in slices if one.edge is not None]
-    if not edges:
-        return []
-    low = sum(one.edge == "low" for one in edges)
-    sides = " and ".join(
-        f"{count} at the {side}est LR tried"
-        for count, side in ((low, "low"), (len(edges) - low, "high"))
-        if count
-    )
-    return [f"The best run stands at the edge in {len(edges)} of {len(slices)} slices ({sides})."]
 
 
 def diagnostics(posterior: Posterior) -> list[dict[str, Any]]:

@@ -149,6 +149,7 @@ def valley_cards(posterior: Posterior, chosen: list[Slice]) -> list[dict[str, st
         cards.append(
             {
                 "title": title,
+                "warning": f"best at the {one.edge}est LR tried: not bracketed" if one.edge else "",
                 "subtitle": subtitle + (f", {family}" if several else ""),
                 "svg": figures.valley(
                     f"valley{one.number}",
@@ -158,7 +159,6 @@ def valley_cards(posterior: Posterior, chosen: list[Slice]) -> list[dict[str, st
                     run_loss=one.loss,
                     diverged_lr=one.diverged_lr,
                     star=one.star,
-                    edge=one.edge,
                     description=f"Loss against LR, {title}, {subtitle}: {len(one.lr)} runs, best "
                     f"at {best}, {len(one.diverged_lr)} diverged; {optimum}.",
                 ),

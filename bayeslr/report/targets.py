@@ -65,7 +65,7 @@ def _rounded(number: float) -> float:
 
 
 def target_rows(
-    targets: Sequence[Target], predictions: Sequence[dict[str, Any]]
+    posterior: Posterior, targets: Sequence[Target], predictions: Sequence[dict[str, Any]]
 ) -> tuple[list[dict[str, Any]], tuple[str, str]]:
     """Rows of the table of targets, and the LRs at both ends of its strips."""
     low = min(row["lr_q05"] for row in predictions) / 1.15
@@ -88,7 +88,7 @@ def target_rows(
                 "regret": nats_text(row["regret_mean"]),
                 "regret_q95": nats_text(row["regret_q95"]),
                 "extra_tokens": share_text(row["extra_tokens"]),
-                "p_diverge": risk_text(row["p_diverge"]),
+                "p_diverge": _risk(posterior, row["p_diverge"]),
                 "extrapolation": extrapolation_text(row["extrapolation"]),
                 "far": row["extrapolation"] > FAR,
                 "strip": {**strip, "lr": min(max(place(row["lr"]), 0.0), 176.0)},
@@ -105,7 +105,12 @@ def _family_note(row: dict[str, Any]) -> str:
     return "a recipe without runs: population level"
 
 
-def tiles(row: dict[str, Any]) -> list[dict[str, str]]:
+def _risk(posterior: Posterior, probability: float) -> str:
+    # The two-stage estimator drops diverged runs and knows no edge.
+    return "not modelled" if posterior.info["method"] == "two-stage" else risk_text(probability)
+
+
+def tiles(posterior: Posterior, row: dict[str, Any]) -> list[dict[str, str]]:
     """The numbers of one target, large."""
     far = row["extrapolation"]
     return [
@@ -132,7 +137,7 @@ def tiles(row: dict[str, Any]) -> list[dict[str, str]]:
         },
         {
             "label": "Risk of divergence",
-            "value": risk_text(row["p_diverge"]),
+            "value": _risk(posterior, row["p_diverge"]),
             "note": "at the recommended LR",
         },
         {
@@ -150,7 +155,6 @@ def tiles(row: dict[str, Any]) -> list[dict[str, str]]:
 def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
     """What other LRs than the recommended one would cost at one target."""
     at = predict.target_draws(posterior, [target])
-    has_edge = bool(np.isfinite(at.log_edge).all())
     rows = []
     for multiple in MULTIPLES:
         log_lr = np.log([multiple * lr])
@@ -164,7 +168,7 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
                 "regret": nats_text(float(nats.mean())),
                 "regret_q95": nats_text(float(np.quantile(nats, 0.95))),
                 "extra_tokens": share_text(float(extra)),
-                "p_diverge": risk_text(risk) if has_edge else "not modelled",
+                "p_diverge": _risk(posterior, risk),
                 "chosen": multiple == 1.0,
             }
         )
