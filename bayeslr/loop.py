@@ -29,7 +29,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bayeslr.errors import DataError, SpecError, StorageError
+from bayeslr.errors import DataError, SpecError, StorageError, UntrustworthyFit
 from bayeslr.planning import Planner, again, table_of
 from bayeslr.runner_protocol import (
     Runner,
@@ -349,6 +349,8 @@ def _validate(
     recipe, out = result.recipe, result.out
     target = targets_of(recipe, runner)[0]
     prediction = result.predictions.to_dict("records")[0]
+    if not math.isfinite(float(prediction["lr"])):
+        raise UntrustworthyFit(str(result.posterior.info["verdict"]))
     runs = validation_runs(recipe, runner, target, float(prediction["lr"]))
     flops = math.fsum(run.flops for run in runs)
     progress(validation_summary(recipe, target, flops))

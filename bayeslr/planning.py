@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, final
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, final
 
-from bayeslr.errors import BayeslrError, DataError
+from bayeslr.errors import BayeslrError, DataError, UntrustworthyFit
 from bayeslr.runner_protocol import Runner, Study, Trial
 from bayeslr.runs import RunTable, make_table
 from bayeslr.space import Priced, candidates, line_of, random_design, start_design, targets_of
-from bayeslr.specs import Recipe
+from bayeslr.specs import Recipe, Target
 from bayeslr.units import format_quantity
 from bayeslr.worker import Due, Progress, Stop
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayeslr.posterior import Posterior
+
 FAILED_STATES = ("failed", "lost")
+
+MAX_STEERING_R_HAT = 1.2
+"""Chains that agree to this (Gelman & Rubin's old limit) can choose runs, not yet give answers."""
 
 
 @final
@@ -76,13 +84,9 @@ class Planner:
     ) -> list[Due] | Stop:
         # JAX takes a second to load: a worker that never plans never pays it.
         from bayeslr.acquire import Candidate, choose
-        from bayeslr.predict import predict
-        from bayeslr.sampling import fit
 
         targets = targets_of(recipe, self._runner)
-        table = table_of(trials, recipe)
-        posterior = fit(table, recipe.prior, seed=recipe.seed, fast=True)
-        predictions = predict(posterior, targets)
+        posterior, predictions = _steering_fit(table_of(trials, recipe), recipe, targets)
         self._study.set_note(
             "prediction",
             {"batch": batch, "runs": len(trials), "targets": predictions.to_dict("records")},
@@ -104,6 +108,30 @@ class Planner:
         return [Due(spec=p.spec, flops=p.flops, reason=p.reason) for p in kept]
 
 
+def _steering_fit(
+    table: RunTable, recipe: Recipe, targets: Sequence[Target]
+) -> tuple[Posterior, pd.DataFrame]:
+    """A fit good enough to choose runs by: few draws, and if that fails, all of them.
+
+    Raises: UntrustworthyFit if neither will do.
+    """
+    import numpy as np
+
+    from bayeslr.predict import predict
+    from bayeslr.sampling import fit
+
+    for fast in (True, False):
+        posterior = fit(table, recipe.prior, seed=recipe.seed, fast=fast)
+        predictions = predict(posterior, targets)
+        numbers = predictions[["lr", "lr_q05", "lr_q95", "regret_mean"]].to_numpy(dtype=float)
+        mixed = posterior.trustworthy or (
+            posterior.info["diagnostics"]["max_r_hat"] <= MAX_STEERING_R_HAT
+        )
+        if mixed and np.isfinite(numbers).all():
+            return posterior, predictions
+    raise UntrustworthyFit(str(posterior.info["verdict"]))
+
+
 def table_of(trials: Sequence[Trial], recipe: Recipe) -> RunTable:
     """Run table of the ended trials, in an order that does not depend on when they ended."""
     rows = [row for t in trials if t.finished for row in t.records]
@@ -113,7 +141,7 @@ def table_of(trials: Sequence[Trial], recipe: Recipe) -> RunTable:
     return make_table(rows, source=f"sweep {recipe.name}")
 
 
-def prediction_line(row: Mapping[str, Any], num_runs: int) -> str:
+def prediction_line(row: Mapping[Hashable, Any], num_runs: int) -> str:
     """What is believed of a target after so many runs, in one line."""
     return (
         f"after {num_runs} runs: {row['target_id']} lr {row['lr']:.3g} "

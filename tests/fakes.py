@@ -24,6 +24,11 @@ class FakePosterior:
     best_lr: float
     num_rows: int
     trustworthy: bool = True
+    max_r_hat: float = 1.0
+
+    @property
+    def info(self) -> dict[str, Any]:
+        return {"verdict": "so so", "diagnostics": {"max_r_hat": self.max_r_hat}}
 
     def save(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
