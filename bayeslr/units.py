@@ -42,6 +42,7 @@ def format_quantity(number: float) -> str:
         return str(number)
     if abs(number) >= 1e15:
         return f"{number:.3g}"
+    number = float(f"{number:.4g}")  # First, so that a hair below 1B is 1B and not 1000M.
     for suffix, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
         if abs(number) >= scale:
             return f"{number / scale:.4g}{suffix}"

@@ -181,7 +181,7 @@ def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
 def test_the_first_screen_says_the_answer(html: str, posterior: Posterior) -> None:
     row = predict(posterior, [TARGET]).iloc[0]
     before_choice = html[: html.index('id="choice"')]
-    assert lr_text(row["lr"]) in before_choice
+    assert f'<span class="number">{lr_text(row["lr"])}</span>' in before_choice
     assert interval_text(row["lr_q05"], row["lr_q95"]) in before_choice
     assert interval_text(row["lr_q25"], row["lr_q75"]) in before_choice
     assert share_text(row["extra_tokens"]) in before_choice
@@ -284,9 +284,12 @@ def test_two_families_and_a_stranger() -> None:
 
 
 def test_the_measured_check_of_a_prediction_is_shown(posterior: Posterior) -> None:
-    text = render(posterior, [TARGET], ["It lies where the posterior said."])
-    assert "Was it right?" in text
-    assert "It lies where the posterior said." in text
+    lines = ["Trained:", "  lr 1e-3: loss 2.5", "  lr 2e-3: loss 2.6", "It lies where it should."]
+    text = render(posterior, [TARGET], lines)
+    parse(text)
+    check = text[text.index('id="check"') : text.index('id="choice"')]
+    assert check.count("<li>") == 2
+    assert "It lies where it should." in check
 
 
 def test_edges_and_diverged_runs(posterior: Posterior) -> None:

@@ -72,6 +72,8 @@ def test_counts_are_whole_and_never_zero() -> None:
         (12, "12"),
         (0.5, "0.5"),
         (3.9e21, "3.9e+21"),
+        (1e9 - 1e-3, "1B"),
+        (999_960, "1M"),
         (math.inf, "inf"),
     ],
 )

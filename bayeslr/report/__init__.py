@@ -18,7 +18,7 @@ from bayeslr.predict import predict
 from bayeslr.report import provenance, scaling, slices, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
-from bayeslr.report.text import lr_text, plain_exponents
+from bayeslr.report.text import lr_text, plain_exponents, unbroken_numbers
 from bayeslr.runs import write_atomically
 from bayeslr.specs import Target
 
@@ -74,6 +74,7 @@ def render(
     """The report's HTML."""
     folder = files("bayeslr.report")
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["numbers"] = unbroken_numbers
     template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
     css = (folder / "style.css").read_text(encoding="utf-8")
     page = _page(posterior, list(given or []), validation)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import re
 
+from markupsafe import Markup
+
 from bayeslr.specs import Target
 from bayeslr.units import format_quantity
 
@@ -12,6 +14,15 @@ from bayeslr.units import format_quantity
 def plain_exponents(text: str) -> str:
     """``5.60e-04`` as ``5.60e-4``, wherever it stands in a text."""
     return re.sub(r"(?<=\d)e([+-])0(\d)\b", r"e\1\2", text)
+
+
+def unbroken_numbers(text: str) -> Markup:
+    """The text as HTML in which no line ends within a number such as ``5.60e-4``."""
+    parts = re.split(r"(\d[\d.]*e-\d+)", text)
+    return Markup("").join(
+        Markup('<span class="number">{}</span>').format(part) if i % 2 else part
+        for i, part in enumerate(parts)
+    )
 
 
 def lr_text(lr: float) -> str:
