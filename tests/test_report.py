@@ -423,6 +423,9 @@ def test_in_a_browser(page: Page, file: Path, width: int, dark: bool) -> None:
     assert first_screen, "the sentence is not on the first screen"
     page.evaluate("document.querySelectorAll('details').forEach(d => d.open = true)")
     assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(
+        "[...document.querySelectorAll('.tiles dd')].every(d => d.scrollWidth <= d.clientWidth)"
+    ), "a number is cut off"
     # Nothing that is drawn sticks out of its figure sideways.
     assert page.evaluate(
         "[...document.querySelectorAll('figure > svg')].every(s => {"

@@ -17,8 +17,8 @@ def plain_exponents(text: str) -> str:
 
 
 def unbroken_numbers(text: str) -> Markup:
-    """The text as HTML in which no line ends within a number such as ``5.60e-4``."""
-    parts = re.split(r"(\d[\d.]*e-\d+)", text)
+    """The text as HTML in which no line ends within a number such as ``5.60e-4`` or ``90 %``."""
+    parts = re.split(r"(\d[\d.]*(?:e-\d+| %))", text)
     return Markup("").join(
         Markup('<span class="number">{}</span>').format(part) if i % 2 else part
         for i, part in enumerate(parts)
