@@ -127,7 +127,7 @@ class MoeLayer(nn.Module):
         d, hidden, num_experts = shape.d_model, shape.d_expert, shape.n_experts
         self.top_k = shape.top_k
         self.gates = options.gates or rules.gates
-        self.route_scale = rules.route_scale
+        self.route_scale, self.output = rules.route_scale, rules.groups["expert_down"].output
         self.router_output = rules.groups["router"].output
         self.router = nn.Parameter(torch.empty(num_experts, d)) if shape.has_router else None
         self.experts_up = nn.Parameter(torch.empty(num_experts, d, 2 * hidden))
@@ -151,7 +151,7 @@ class MoeLayer(nn.Module):
             out_TD = out_TD * self.route_scale
         if self.shared_up is not None and self.shared_down is not None:
             out_TD = out_TD + swiglu(x_TD @ self.shared_up) @ self.shared_down
-        return out_TD, stats
+        return out_TD * self.output if self.output != 1.0 else out_TD, stats
 
     def _routed(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, LayerStats]:
         # Rounding of router logits changes which experts are chosen: float32, whatever the rest is.
@@ -186,16 +186,14 @@ class Block(nn.Module):
         self.attention = Attention(shape, rules, options)
         self.moe_norm = RMSNorm(shape.d_model)
         self.moe = MoeLayer(shape, rules, options)
-        self.attention_output = rules.groups["attention"].output
-        self.moe_output = rules.groups["expert_down"].output
+        self.residual = rules.residual
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, LayerStats | None]:
         """Output of the same shape, and what the router did."""
-        x_BSD = torch.add(
-            x_BSD, self.attention(self.attention_norm(x_BSD)), alpha=self.attention_output
-        )
+        attended_BSD = self.attention(self.attention_norm(x_BSD))
+        x_BSD = torch.add(x_BSD, attended_BSD, alpha=self.residual)
         y_TD, stats = self.moe(self.moe_norm(x_BSD).flatten(0, 1))
-        return torch.add(x_BSD, y_TD.view_as(x_BSD), alpha=self.moe_output), stats
+        return torch.add(x_BSD, y_TD.view_as(x_BSD), alpha=self.residual), stats
 
 
 class MoeTransformer(nn.Module):

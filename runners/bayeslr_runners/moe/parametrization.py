@@ -58,10 +58,15 @@ class GroupRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parametrization:
-    """Rules of every group, with what belongs to no single group."""
+    """Rules of every group, with what belongs to no single group.
+
+    ``residual`` multiplies what a block's attention and experts add to the stream, ``route_scale``
+    the gated sum over a token's routed experts.
+    """
 
     groups: dict[str, GroupRule]
     attention_scale: float
+    residual: float = 1.0
     gates: str
     route_scale: float = 1.0
     one_minus_beta: float = 1.0
@@ -184,9 +189,7 @@ def _with_depth(rules: Parametrization, depth: float, exponent: float) -> Parame
         groups[name] = replace(
             rule, lr=rule.lr * depth ** (exponent - 1), eps=rule.eps * depth**-exponent
         )
-    for name in ("attention", "expert_down"):
-        groups[name] = replace(groups[name], output=groups[name].output * depth**-exponent)
-    return replace(rules, groups=groups)
+    return replace(rules, groups=groups, residual=depth**-exponent)
 
 
 def _moe_fixed_sparsity(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:
