@@ -356,14 +356,18 @@ def p_diverge(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
 
 
 def regret_draws(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
-    """Nats above the optimum when trained at ln LR (target,), divergence charged in expectation.
+    """Nats above the optimum when trained at ln LR (target,), shape (draw, target).
 
-    Shape (draw, target). A run is never charged more than a diverged one.
+    Divergence is charged in expectation, as a run that has to be trained again: the nats that twice
+    the tokens would have bought.
+    A run that ends is never charged more than the card's ``diverged_loss``.
     """
     excess = laws.valley_excess(log_lr - at.log_lr, np.exp(at.log_curvature), at.skew)
     lost = p_diverge(at, log_lr)
-    finished = np.minimum(excess, at.diverged_loss)
-    return np.asarray((1 - lost) * finished + lost * at.diverged_loss)
+    again = np.minimum(
+        -at.loss_tokens * np.expm1(-math.log(2.0) * at.loss_exponent), at.diverged_loss
+    )
+    return np.asarray((1 - lost) * np.minimum(excess, at.diverged_loss) + lost * again)
 
 
 def recommended_log_lr(at: TargetDraws) -> FloatArray:

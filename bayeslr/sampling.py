@@ -33,8 +33,10 @@ if TYPE_CHECKING:
 
 METHODS = ("bayes", "two-stage")
 
-# Misfit scales: fixed while the mode is sought.
+# Scales of misfit and noise: fixed while the mode is sought. With them free there is none: a
+# scale that goes to zero wins without bound.
 _SCALES = (
+    "noise_sd", "noise_share", "noise_dof",
     "lr_family_sd", "lr_slope_family_sd", "lr_shape_sd", "lr_cell_sd", "lr_slice_sd",
     "best_batch_family_sd", "best_batch_cell_sd", "curvature_family_sd", "curvature_slice_sd",
     "skew_family_sd", "edge_family_sd", "loss_shape_sd", "loss_cell_sd", "loss_slice_sd",
@@ -43,7 +45,7 @@ _SCALES = (
 # Steps of the search for the mode, in the units of each effect; all others move by 0.3.
 _STEP = {
     "floor_raw": 0.005, "loss_cell_raw": 0.01, "loss_level": 0.02, "lr_opt_raw": 0.1,
-    "lr_cell_raw": 0.1, "lr_level": 0.1, "best_batch_raw": 0.3, "best_batch_level": 0.2,
+    "lr_cell_raw": 0.1, "lr_level": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02, "best_batch_raw": 0.3, "best_batch_level": 0.2,
 }  # fmt: skip
 
 
@@ -95,6 +97,21 @@ class CompiledModel:
     def size(self) -> int:
         """Number of unconstrained parameters."""
         return len(self.start)
+
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """Positions of the global parameters, then of the effects (variables named ``*_raw``)."""
+        effects = [self.index(name) for name in self.names if name.endswith("_raw")]
+        local = np.concatenate(effects)
+        return np.concatenate([np.setdiff1d(np.arange(self.size), local), local])
+
+    @property
+    def num_global(self) -> int:
+        """Number of parameters that are no effect of a group."""
+        return sum(
+            int(np.prod(shape)) for name, shape in zip(self.names, self.shapes, strict=True)
+            if not name.endswith("_raw")
+        )  # fmt: skip
 
     def index(self, name: str) -> NDArray[np.int64]:
         """Positions of a value variable in the flat vector."""
@@ -206,11 +223,20 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
     def raw(value: FloatArray, mean: FloatArray, sd: str, c: FloatArray) -> FloatArray:
         return c * mean + prior[sd].location ** (c - 1.0) * (value - mean)
 
+    shape_family = arrays["shape_family"]
+    level_h = x[compiled.index("loss_level")][shape_family]
+    x[compiled.index("loss_shape_raw")] = arrays["shape_has_floor"] * level_h
+    x[compiled.index("lr_shape_raw")] = (
+        arrays["shape_has_lr"] * x[compiled.index("lr_level")][shape_family]
+    )
     x[compiled.index("loss_cell_raw")] = raw(
         cell_floor, level_c, "loss_cell_sd", arrays["cell_has_floor"]
     )
     x[compiled.index("floor_raw")] = raw(
         floor, cell_floor[arrays["slice_cell"]], "loss_slice_sd", arrays["slice_has_floor"]
+    )
+    x[compiled.index("curvature_slice_raw")] = arrays["slice_has_curvature"] * np.log(
+        prior["curvature_intercept"].location
     )
     x[compiled.index("lr_cell_raw")] = arrays["cell_has_lr"] * lr_c
     x[compiled.index("lr_opt_raw")] = arrays["slice_has_lr"] * (0.5 * best + 0.5 * lr_s)
@@ -282,30 +308,46 @@ def _hessian(compiled: CompiledModel, x: FloatArray, data: Sequence[Any],
     return (hessian + hessian.T) / 2
 
 
-def whitening(hessian: FloatArray, least: float = 0.5) -> FloatArray:
-    """Matrix L with L L' near the inverse Hessian; directions flatter than ``least`` are capped."""
-    scales, vectors = np.linalg.eigh(hessian)
-    return np.asarray(vectors / np.sqrt(np.maximum(scales, least)))
+def whitening(compiled: CompiledModel, hessian: FloatArray, least: float = 0.5) -> FloatArray:
+    """Matrix L with L L' near the inverse Hessian; directions flatter than ``least`` are capped.
+
+    L is lower triangular with the global parameters first (`CompiledModel.order`), so that the
+    leading coordinates are the globals alone and the others what is left of the effects.
+    """
+    order = compiled.order
+    scales, vectors = np.linalg.eigh(hessian[np.ix_(order, order)])
+    covariance = (vectors / np.maximum(scales, least)) @ vectors.T
+    root = np.empty_like(covariance)
+    root[order] = np.linalg.cholesky(covariance)
+    return root
 
 
 def _sampler(compiled: CompiledModel, num_warmup: int, num_draws: int, num_chains: int,
              target_accept: float, progress: bool) -> Any:  # fmt: skip
     import jax
+    import jax.numpy as jnp
     import numpyro
     from numpyro import distributions as dist
     from numpyro.infer import MCMC, NUTS
 
     key = (num_warmup, num_draws, num_chains, round(target_accept * 100), int(progress))
     if key not in compiled.sampler:
+        sizes = {"z_global": compiled.num_global, "z_effect": compiled.size - compiled.num_global}
 
         def model(mode: Any, root: Any, data: Sequence[Any]) -> None:
-            improper = dist.ImproperUniform(dist.constraints.real_vector, (), (compiled.size,))
-            z = numpyro.sample("z", improper)
-            numpyro.factor("log_density", compiled.log_density(mode + root @ z, data))
+            z = [
+                numpyro.sample(
+                    name, dist.ImproperUniform(dist.constraints.real_vector, (), (size,))
+                )
+                for name, size in sizes.items()
+            ]
+            x = mode + root @ jnp.concatenate(z)
+            numpyro.factor("log_density", compiled.log_density(x, data))
 
         parallel = num_chains <= jax.local_device_count()
         compiled.sampler[key] = MCMC(
-            NUTS(model, dense_mass=False, target_accept_prob=target_accept, max_tree_depth=8),
+            NUTS(model, dense_mass=False, target_accept_prob=target_accept,
+                 max_tree_depth=8),
             num_warmup=num_warmup, num_samples=num_draws, num_chains=num_chains,
             chain_method="parallel" if parallel else "vectorized",
             progress_bar=progress, jit_model_args=True,
@@ -324,13 +366,20 @@ def sample(compiled: CompiledModel, arrays: valley.Arrays, mode: FloatArray, roo
     data = tuple(jnp.asarray(values) for values in arrays.values())
     sampler = _sampler(compiled, num_warmup, num_draws, num_chains, target_accept, progress)
     rng = np.random.default_rng(seed)
-    start = jnp.asarray(0.5 * rng.normal(size=(num_chains, compiled.size)))
+    start = 0.5 * rng.normal(size=(num_chains, compiled.size))
+    if num_chains == 1:
+        start = start[0]
+    first = {
+        "z_global": jnp.asarray(start[..., : compiled.num_global]),
+        "z_effect": jnp.asarray(start[..., compiled.num_global :]),
+    }
     sampler.run(
         jax.random.PRNGKey(seed), jnp.asarray(mode), jnp.asarray(root), data,
-        init_params={"z": start if num_chains > 1 else start[0]},
+        init_params=first,
         extra_fields=("num_steps", "diverging", "accept_prob"),
     )  # fmt: skip
-    z = np.asarray(sampler.get_samples(group_by_chain=True)["z"])
+    found_z = sampler.get_samples(group_by_chain=True)
+    z = np.concatenate([np.asarray(found_z[name]) for name in first], axis=-1)
     extra = sampler.get_extra_fields(group_by_chain=True)
     x = (mode + z @ root.T).reshape(-1, compiled.size)
     found = compiled.outputs(jnp.asarray(x), data)
@@ -376,7 +425,7 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     compiled = _compiled(arrays, card, len(design.families))
     mode, hessian = find_mode(compiled, arrays, card)
     draws, statistics = sample(
-        compiled, arrays, mode, whitening(hessian), seed=seed, num_warmup=num_warmup,
+        compiled, arrays, mode, whitening(compiled, hessian), seed=seed, num_warmup=num_warmup,
         num_draws=num_draws, num_chains=num_chains, progress=progress,
     )  # fmt: skip
     draws = _unpadded(draws, valley.sizes_of(design))

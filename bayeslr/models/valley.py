@@ -82,14 +82,14 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
     mid = centre(design)
     shape_of_cell = design.shape_of_cell
     cells = {
-        "d_n_active": design.log_n_active[shape_of_cell] - mid["log_n_active"],
-        "d_sparsity": design.log_sparsity[shape_of_cell] - mid["log_sparsity"],
         "d_tokens": design.log_tokens - mid["log_tokens"],
         "unannealed": (~design.annealed).astype(float),
     }
     finished = ~design.diverged
     runs_in_slice = np.bincount(design.slice_of_run[finished], minlength=design.num_slices)
     slices_in_cell = np.bincount(design.cell_of_slice, minlength=design.num_cells)
+    cells_in_shape = np.bincount(shape_of_cell, minlength=design.num_shapes)
+    slices_in_shape = np.bincount(design.shape_of_slice, minlength=design.num_shapes)
     annealed_run = design.annealed[design.cell_of_slice[design.slice_of_run]]
     arrays: Arrays = {
         "run_slice": design.slice_of_run,
@@ -103,11 +103,17 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "slice_cell": design.cell_of_slice,
         "slice_log_batch": design.log_batch,
         "slice_has_lr": runs_in_slice / (runs_in_slice + 4.0),
+        "slice_has_curvature": runs_in_slice / (runs_in_slice + 10.0),
         "slice_has_floor": runs_in_slice / (runs_in_slice + 0.5),
         "cell_shape": shape_of_cell,
         "cell_has_lr": slices_in_cell / (slices_in_cell + 3.0),
         "cell_has_floor": slices_in_cell / (slices_in_cell + 0.5),
         "shape_family": design.family_of_shape,
+        "shape_d_n_active": design.log_n_active - mid["log_n_active"],
+        "shape_d_sparsity": design.log_sparsity - mid["log_sparsity"],
+        "shape_has_lr": slices_in_shape / (slices_in_shape + 3.0),
+        "shape_has_floor": cells_in_shape / (cells_in_shape + 1.0),
+        "family_has_slope": _slope_centring(design),
         "centre": np.array([mid["log_n_active"], mid["log_sparsity"], mid["log_tokens"]]),
         **{f"cell_{name}": values for name, values in cells.items()},
     }
@@ -117,6 +123,31 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
             if level in sizes:
                 arrays[name] = np.pad(values, (0, sizes[level] - len(values)))
     return arrays
+
+
+def _slope_centring(design: Design) -> NDArray[np.float64]:
+    """Share (family, slope) by which a family's exponents are centred: how well its data tell them.
+
+    1 / (1 + (standard error / between-family sd)^2), the standard error being that of a regression
+    on the groups that carry the regressor, with a scatter of 0.15 between them.
+    """
+    scatter, between = 0.15, 0.08
+    family_of_cell = design.family_of_shape[design.shape_of_cell]
+    below = design.log_batch - np.mean(design.log_batch)
+    carriers = (
+        (design.log_n_active, design.family_of_shape),
+        (design.log_sparsity, design.family_of_shape),
+        (design.log_tokens, family_of_cell),
+        (np.minimum(below, 0.0), design.family_of_slice),
+        (np.maximum(below, 0.0), design.family_of_slice),
+    )
+    share = np.zeros((len(design.families), len(SLOPES)))
+    for j, (regressor, family) in enumerate(carriers):
+        for g in range(len(design.families)):
+            values = regressor[family == g]
+            information = len(values) * float(np.var(values)) / scatter**2
+            share[g, j] = 1.0 / (1.0 + 1.0 / (between**2 * information + 1e-9))
+    return share
 
 
 def sizes_of(design: Design) -> dict[str, int]:
@@ -137,7 +168,7 @@ def _variable(name: str, prior: Prior, **kwargs: Any) -> Any:
     return pm.LogNormal(name, np.log(entry.location), entry.scale, **kwargs)
 
 
-def _effect(name: str, mean: Any, sd: Any, centring: Any, size: int) -> Any:
+def _effect(name: str, mean: Any, sd: Any, centring: Any, size: Any) -> Any:
     """Normal(mean, sd) effect, centred by a share ``centring`` in [0, 1] an entry."""
     raw = pm.Normal(f"{name}_raw", centring * mean, sd**centring, shape=size)
     return mean + sd ** (1.0 - centring) * (raw - centring * mean)
@@ -190,56 +221,89 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         log_edge_offset = pm.Normal(
             "log_edge_offset", pt.log(p["edge_offset"]), p["edge_family_sd"], shape=num_families
         )
-        slope_raw = pm.Normal("slope_raw", 0.0, 1.0, shape=(num_families, len(SLOPES)))
-        slope = pm.Deterministic(
-            "family_slope", pt.stack([p[name] for name in SLOPES])
-            + p["lr_slope_family_sd"] * slope_raw,
-        )  # fmt: skip
-
-        # Cells: best batch, LR at the best batch, floor.
-        d_n, d_s, d_d = data["cell_d_n_active"], data["cell_d_sparsity"], data["cell_d_tokens"]
-        best_batch = pm.Deterministic("best_batch", _effect(
-            "best_batch",
-            best_batch_level[cell_family] + p["best_batch_n_active"] * d_n
-            + p["best_batch_tokens"] * d_d,
-            p["best_batch_cell_sd"], data["cell_has_lr"], num_cells,
-        ))  # fmt: skip
-        lr_shape = pm.Deterministic(
-            "lr_shape", p["lr_shape_sd"] * pm.Normal("lr_shape_raw", 0.0, 1.0, shape=num_shapes)
+        family_slope = pm.Deterministic(
+            "family_slope",
+            _effect(
+                "family_slope",
+                pt.stack([p[name] for name in SLOPES])[None, :],
+                p["lr_slope_family_sd"],
+                data["family_has_slope"],
+                (num_families, len(SLOPES)),
+            ),
         )
-        slope_c = slope[cell_family]
-        lr_cell = pm.Deterministic("lr_cell", _effect(
-            "lr_cell",
-            lr_level[cell_family] + slope_c[:, 0] * d_n + slope_c[:, 1] * d_s
-            + slope_c[:, 2] * d_d + p["lr_unannealed"] * data["cell_unannealed"]
-            + lr_shape[cell_shape],
-            p["lr_cell_sd"], data["cell_has_lr"], num_cells,
-        ))  # fmt: skip
+
+        # Shapes: what is peculiar to one, on top of the law in size and sparsity.
+        by_shape = {name: p[name][shape_family] for name in PER_FAMILY}
+        slope_h = family_slope[shape_family]
+        lr_law_h = (
+            lr_level[shape_family]
+            + slope_h[:, 0] * data["shape_d_n_active"]
+            + slope_h[:, 1] * data["shape_d_sparsity"]
+        )
+        lr_at_shape = _effect(
+            "lr_shape", lr_law_h, p["lr_shape_sd"], data["shape_has_lr"], num_shapes
+        )
+        pm.Deterministic("lr_shape", lr_at_shape - lr_law_h)
         loss_level = pm.Flat("loss_level", shape=num_families)
         irreducible = prior["loss_irreducible"]
-        pm.Potential("loss_irreducible_prior", pm.logp(
-            pm.LogNormal.dist(np.log(irreducible.location), irreducible.scale),
-            loss_level - p["loss_n_active"] - p["loss_tokens"],
-        ).sum())  # fmt: skip
-        loss_shape = pm.Deterministic(
-            "loss_shape",
-            p["loss_shape_sd"] * pm.Normal("loss_shape_raw", 0.0, 1.0, shape=num_shapes),
+        pm.Potential(
+            "loss_irreducible_prior",
+            pm.logp(
+                pm.LogNormal.dist(np.log(irreducible.location), irreducible.scale),
+                loss_level - p["loss_n_active"] - p["loss_tokens"],
+            ).sum(),
         )
-        per_cell = {name: p[name][cell_family] for name in PER_FAMILY}
-        law = (
-            loss_level[cell_family]
-            + per_cell["loss_n_active"] * pt.expm1(-per_cell["loss_exponent_n_active"] * d_n)
-            + per_cell["loss_tokens"] * pt.expm1(-per_cell["loss_exponent_tokens"] * d_d)
-            + p["loss_unannealed"] * data["cell_unannealed"]
-            + loss_shape[cell_shape]
+        loss_law_h = loss_level[shape_family] + by_shape["loss_n_active"] * pt.expm1(
+            -by_shape["loss_exponent_n_active"] * data["shape_d_n_active"]
         )
-        loss_cell = pm.Deterministic("loss_cell", _effect(
-            "loss_cell", law, p["loss_cell_sd"], data["cell_has_floor"], num_cells
-        ))  # fmt: skip
+        loss_at_shape = _effect(
+            "loss_shape", loss_law_h, p["loss_shape_sd"], data["shape_has_floor"], num_shapes
+        )
+        pm.Deterministic("loss_shape", loss_at_shape - loss_law_h)
+
+        # Cells: best batch, LR at the best batch, floor.
+        d_n, d_d = data["shape_d_n_active"][cell_shape], data["cell_d_tokens"]
+        best_batch = pm.Deterministic(
+            "best_batch",
+            _effect(
+                "best_batch",
+                best_batch_level[cell_family]
+                + p["best_batch_n_active"] * d_n
+                + p["best_batch_tokens"] * d_d,
+                p["best_batch_cell_sd"],
+                data["cell_has_lr"],
+                num_cells,
+            ),
+        )
+        lr_cell = pm.Deterministic(
+            "lr_cell",
+            _effect(
+                "lr_cell",
+                lr_at_shape[cell_shape]
+                + family_slope[cell_family][:, 2] * d_d
+                + p["lr_unannealed"] * data["cell_unannealed"],
+                p["lr_cell_sd"],
+                data["cell_has_lr"],
+                num_cells,
+            ),
+        )
+        loss_cell = pm.Deterministic(
+            "loss_cell",
+            _effect(
+                "loss_cell",
+                loss_at_shape[cell_shape]
+                + p["loss_tokens"][cell_family]
+                * pt.expm1(-p["loss_exponent_tokens"][cell_family] * d_d)
+                + p["loss_unannealed"] * data["cell_unannealed"],
+                p["loss_cell_sd"],
+                data["cell_has_floor"],
+                num_cells,
+            ),
+        )
 
         # Slices: optimum, curvature, floor.
         z = data["slice_log_batch"] - best_batch[slice_cell]
-        slope_s = slope[slice_family]
+        slope_s = family_slope[slice_family]
         knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], KNEE_SHARPNESS, pt)
         lr_opt = pm.Deterministic("lr_opt", _effect(
             "lr_opt", lr_cell[slice_cell] + knee, p["lr_slice_sd"], data["slice_has_lr"],
@@ -247,11 +311,17 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         ))  # fmt: skip
         log_curvature = pm.Deterministic(
             "log_curvature",
-            log_curvature_level[slice_family] + p["curvature_n_active"] * d_n[slice_cell]
-            + p["curvature_tokens"] * d_d[slice_cell] + p["curvature_batch"] * z
-            + p["curvature_slice_sd"]
-            * pm.Normal("curvature_slice_raw", 0.0, 1.0, shape=num_slices),
-        )  # fmt: skip
+            _effect(
+                "curvature_slice",
+                log_curvature_level[slice_family]
+                + p["curvature_n_active"] * d_n[slice_cell]
+                + p["curvature_tokens"] * d_d[slice_cell]
+                + p["curvature_batch"] * z,
+                p["curvature_slice_sd"],
+                data["slice_has_curvature"],
+                num_slices,
+            ),
+        )
         penalty = (
             p["penalty_scale"][slice_family] * pt.exp(p["penalty_tokens"] * d_d[slice_cell])
             * laws.linex(z, p["penalty_skew"], pt)
