@@ -315,7 +315,7 @@ def _ask_all(storage: str | None, folder: str, first: int, start: float) -> None
         ("journal", 1),
         ("journal", 4),
         ("journal", 8),
-        ("sqlite", 4),
+        ("sqlite", 2),
         pytest.param("sqlite", 8, marks=pytest.mark.slow),
     ],
 )
