@@ -156,11 +156,16 @@ def test_decay_lowers_the_loss(tmp_path: Path) -> None:
 
 
 # Steps: 20 on the trunk, 5 in its first branch, 20 more on the trunk, 10 in the last branch.
-@pytest.mark.parametrize("steps", [1, 19, 20, 23, 25, 30, 45, 52])
+# With a checkpoint at every step it also lies where rows are written: 13, 25, 32.
+@pytest.mark.parametrize(
+    ("steps", "every"),
+    [(1, 4), (19, 4), (20, 4), (23, 4), (25, 4), (30, 4), (45, 4), (52, 4),
+     (13, 1), (25, 1), (32, 1), (54, 1)],
+)  # fmt: skip
 def test_a_resumed_run_equals_an_unbroken_one(
-    unbroken: Path, tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
+    unbroken: Path, tmp_path: Path, steps: int, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Stopped at any place, at a step that is no checkpoint's."""
+    """Stopped at any place, whether or not a checkpoint lies there."""
 
     class Stop(Exception):
         pass
@@ -175,8 +180,7 @@ def test_a_resumed_run_equals_an_unbroken_one(
         done += 1
         return take_step(self, number, lr_factor)
 
-    run = spec(options={"checkpoint_steps": 4})
-    run_dir = folder(tmp_path, run)
+    run_dir = folder(tmp_path, spec(options={"checkpoint_steps": every}))
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "step", step)
         with pytest.raises(Stop):
@@ -269,6 +273,23 @@ def watch(*losses: float, patience: int = 5) -> list[str | None]:
     return [seen.see(loss, 1.0) for loss in losses]
 
 
+@pytest.mark.parametrize("killed_while", ["_record_partial", "_record_horizon"])
+def test_a_run_killed_between_a_step_and_its_row(
+    unbroken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, killed_while: str
+) -> None:
+    run_dir = folder(tmp_path, spec(options={"checkpoint_steps": 1}))
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_module._Run, killed_while, stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(run_dir)
+    train(run_dir)
+    assert timeless(run_dir) == timeless(unbroken)
+
+
 def test_a_spike_that_recovers_is_no_divergence() -> None:
     assert set(watch(*[3.0] * 30, *[9.0] * 3, *[3.0] * 30, patience=25)) == {None}
 
@@ -338,7 +359,7 @@ def small_files() -> None:
 
 def test_full_disk_at_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     log = RecordLog(tmp_path / "records.jsonl")
-    log.append({"tokens": 1})
+    log.append({"tokens": 1, "status": "ok"})
 
     def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -346,10 +367,12 @@ def test_full_disk_at_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", refuse)
         with pytest.raises(StorageError, match=r"records.jsonl: No space left on device"):
-            log.append({"tokens": 2})
-    assert rows(tmp_path) == [{"tokens": 1}]
-    log.append({"tokens": 2})
-    assert rows(tmp_path) == [{"tokens": 1}, {"tokens": 2}]
+            log.append({"tokens": 2, "status": "ok"})
+    assert [row["tokens"] for row in rows(tmp_path)] == [1]
+    log.append({"tokens": 2, "status": "ok"})
+    log.append({"tokens": 2, "status": "ok"})
+    log.append({"tokens": 2, "status": "diverged"})
+    assert [row["tokens"] for row in rows(tmp_path)] == [1, 2, 2]
 
 
 def test_full_disk_leaves_the_old_checkpoint(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.data import Corpus, val_batches
-from bayeslr_runners.moe.model import Attention, MoeLayer, MoeTransformer
+from bayeslr_runners.moe.model import Attention, MoeLayer, MoeTransformer, RMSNorm
 from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.shapes import MoeShape
 from bayeslr_runners.moe.trainer import Trainer
@@ -48,6 +48,7 @@ def activation_changes(
     spec: run whose LR, parametrisation, batch and options are used; its shape is replaced.
     Router: logits. Experts up: gate and up of every expert on every token. Attention, experts
     down: what they add to the residual stream, before its multiplier. Norm: the last one's output.
+    ``stream`` is no module group: it is the residual stream at the end.
     """
     options = Options.from_mapping(spec.options)
     found = []
@@ -107,6 +108,7 @@ def _recorded(model: MoeTransformer) -> Iterator[dict[str, list[Tensor]]]:
         seen.setdefault(group, []).append(value)
 
     def look(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        assert isinstance(module, Attention | MoeLayer | RMSNorm)
         if isinstance(module, Attention):
             keep("attention", output)
         elif isinstance(module, MoeLayer):
@@ -116,6 +118,7 @@ def _recorded(model: MoeTransformer) -> Iterator[dict[str, list[Tensor]]]:
             keep("expert_up", x_TD @ module.experts_up)
             keep("expert_down", output[0])
         else:
+            keep("stream", inputs[0])
             keep("norm", output)
 
     watched = [m for m in model.modules() if isinstance(m, Attention | MoeLayer)]

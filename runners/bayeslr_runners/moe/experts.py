@@ -16,7 +16,8 @@ from torch import Tensor
 class Routing(NamedTuple):
     """Assignments of one layer. ``order`` sorts the T x K choices by expert, ``inverse`` undoes it.
 
-    ``sizes`` are the assignments of each expert, in order.
+    ``sizes`` are the assignments of each expert as numbers; empty on a GPU, where to read them is
+    to wait for it.
     """
 
     gate_TK: Tensor
@@ -48,7 +49,13 @@ def route(gate_TE: Tensor, top_k: int, *, bias_E: Tensor | None, normalise: bool
     inverse_A = torch.empty_like(order_A)
     inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
     load_E = torch.bincount(flat_A, minlength=num_experts)
-    return Routing(gate_TK, load_E, order_A, inverse_A, load_E.tolist())
+    sizes = [] if use_grouped_mm(load_E) else load_E.tolist()
+    return Routing(gate_TK, load_E, order_A, inverse_A, sizes)
+
+
+def use_grouped_mm(x: Tensor) -> bool:
+    """Whether PyTorch's own grouped matmul is there and faster: on CUDA, from 2.10."""
+    return x.is_cuda and hasattr(F, "grouped_mm")
 
 
 def load_balance_loss(score_TE: Tensor, load_E: Tensor) -> Tensor:
@@ -85,7 +92,7 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
 
 def grouped_matmul(x_AD: Tensor, weight_EDF: Tensor, routing: Routing) -> Tensor:
     """Each expert's rows of ``x_AD`` times that expert's matrix."""
-    if x_AD.is_cuda and hasattr(F, "grouped_mm"):
+    if use_grouped_mm(x_AD):
         offsets_E = routing.load_E.cumsum(0).to(torch.int32)
         x_AD, weight_EDF = x_AD.bfloat16(), weight_EDF.bfloat16()
         out: Tensor = F.grouped_mm(x_AD, weight_EDF, offs=offsets_E)

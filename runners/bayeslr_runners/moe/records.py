@@ -36,13 +36,13 @@ class RecordLog:
         self.rows = _repair(path)
 
     def append(self, values: Mapping[str, Any]) -> None:
-        """Add a row, unless the run already has one at the same tokens.
+        """Add a row, unless the run already has one of its status at the same tokens.
 
         A resumed run passes again through what it did after its last checkpoint; the first
         measurement stands. Numbers that JSON cannot say become null.
         Raises: StorageError if the disk refuses; the file is then as it was.
         """
-        if any(old["tokens"] == values["tokens"] for old in self.rows):
+        if any(all(old[key] == values[key] for key in ("tokens", "status")) for old in self.rows):
             return
         row = dict(finite(values))
         line = (json.dumps(row, allow_nan=False) + "\n").encode()

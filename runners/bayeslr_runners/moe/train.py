@@ -113,6 +113,7 @@ class _Run:
             )
         self.position = _Position(**saved["position"])
         self.watch = Watch(**saved["watch"])
+        self.last = Step(**saved["last"]) if saved["last"] else None
         self.trunk = saved["trunk"]
         self.wall_before = saved["wall_s"]
         self.trainer.restore(saved["live"])
@@ -125,11 +126,13 @@ class _Run:
                 self._step(horizon)
                 if position.step in self.partial_steps:
                     self._record_partial()
+                self._save_if_due()
             position.in_branch = True
             if not is_last and horizon.branch_step < horizon.num_steps:
                 self.trunk = self.trainer.state()
         while position.step < horizon.num_steps:
             self._step(horizon)
+            self._save_if_due()
         self._record_horizon(horizon)
         if is_last:
             return
@@ -158,8 +161,6 @@ class _Run:
             f"{spec.run_id}: {format_quantity(position.step * spec.batch_tokens)} of "
             f"{format_quantity(horizon.tokens)} tokens, loss {self.last.loss:.3f}"
         )
-        if self._checkpoint_is_due():
-            self._save()
 
     def _record_horizon(self, horizon: Horizon) -> None:
         measured = self.trainer.measure()
@@ -222,10 +223,14 @@ class _Run:
         # A step whose tokens are a horizon's is left out: one row a token count.
         return frozenset(steps - {h.num_steps for h in self.plan} - {0})
 
-    def _checkpoint_is_due(self) -> bool:
+    def _save_if_due(self) -> None:
+        """Checkpoint, after whatever is recorded at this step: resumed runs go on behind it."""
         if self.options.checkpoint_steps is not None:
-            return self.position.steps_trained % self.options.checkpoint_steps == 0
-        return time.monotonic() - self.saved_at >= self.options.checkpoint_seconds
+            due = self.position.steps_trained % self.options.checkpoint_steps == 0
+        else:
+            due = time.monotonic() - self.saved_at >= self.options.checkpoint_seconds
+        if due:
+            self._save()
 
     def _save(self) -> None:
         checkpoint.save(
@@ -234,6 +239,7 @@ class _Run:
                 "spec": self._spec_hash(),
                 "position": dataclasses.asdict(self.position),
                 "watch": dataclasses.asdict(self.watch),
+                "last": dataclasses.asdict(self.last) if self.last else None,
                 "trunk": self.trunk,
                 "wall_s": self._wall_s(),
                 "live": self.trainer.state(),
