@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
+from bayeslr.errors import UntrustworthyFit
 from bayeslr.posterior import Posterior
 from bayeslr.predict import TargetDraws, extra_tokens_share, target_draws
 from bayeslr.runner_protocol import find_runner
@@ -180,21 +181,24 @@ def _worth(at: TargetDraws, targets: Sequence[Target], nats: float) -> float:
 
 def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
             num_runs: int, budget_flops: float, seed: int,
-            weights: Sequence[float] | None = None) -> list[Proposal]:  # fmt: skip
+            weights: Sequence[float] | None = None,
+            only_paying: bool = True) -> list[Proposal]:  # fmt: skip
     """Up to ``num_runs`` proposals within the budget, best first; none when none pays.
 
-    weights: of the targets, default equal. Raises: DataError through the targets' checks.
+    weights: of the targets, default equal. only_paying: stop where a run costs more FLOPs than it
+    saves at the targets; else the budget alone stops.
+    Raises: DataError through the targets' checks, UntrustworthyFit for draws that are no numbers.
     """
     found = choose(
         posterior, candidates, targets, num_runs=num_runs, budget_flops=budget_flops, seed=seed,
-        weights=weights,
+        weights=weights, only_paying=only_paying,
     )  # fmt: skip
     return list(found.proposals)
 
 
 def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
            num_runs: int, budget_flops: float, seed: int,
-           weights: Sequence[float] | None = None) -> Plan:  # fmt: skip
+           weights: Sequence[float] | None = None, only_paying: bool = True) -> Plan:  # fmt: skip
     """As `propose`, with the regret before and after, and the reason for stopping."""
     share = np.ones(len(targets)) if weights is None else np.asarray(weights, dtype=float)
     share = share / share.sum()
@@ -205,7 +209,13 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     flops = np.array([candidate.flops for candidate in candidates])
     open_ = np.ones(len(candidates), dtype=bool)
     regret_now = beliefs.regret()
-    left, proposals = budget_flops, []
+    if not math.isfinite(regret_now):
+        raise UntrustworthyFit(
+            "the posterior holds draws that are no numbers, so no run can be chosen by it; "
+            "fit again with more draws"
+        )
+    left = budget_flops
+    proposals: list[Proposal] = []
     stop_reason = f"{num_runs} runs were asked for"
     while len(proposals) < num_runs:
         gains = np.where(open_ & (flops <= left), beliefs.gains(), 0.0)
@@ -219,7 +229,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
             )  # fmt: skip
             break
         saves_flops = _worth(beliefs.at, targets, float(gains[best]))
-        if saves_flops < flops[best]:
+        if only_paying and saves_flops < flops[best]:
             stop_reason = (
                 f"the best run left would save an expected {format_quantity(saves_flops)} FLOPs "
                 f"at the targets and costs {format_quantity(flops[best])}"

@@ -1,4 +1,4 @@
-"""Run table to design: which run belongs to which slice, cell, shape and family, and its regressors.
+"""Run table to design: each run's slice, cell, shape and family, and their regressors.
 
 Indices run from fine to coarse: run, slice (cell at one batch), cell (shape at one token count),
 shape (parameter counts in one family), family. Regressors are natural logs, uncentred: the model
@@ -104,9 +104,9 @@ class Design:
 
 def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
     """Group code of each row, and the first row of each group, groups in order of appearance."""
-    codes = frame.groupby(key, dropna=False, sort=True).ngroup().to_numpy()
+    codes = frame.groupby(key, dropna=False, sort=True).ngroup().to_numpy().astype(np.int64)
     _, first = np.unique(codes, return_index=True)
-    return codes, first
+    return codes, first.astype(np.int64)
 
 
 def build_design(table: RunTable) -> Design:

@@ -35,9 +35,20 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 POSTERIOR_FILE, FIT_FILE, RUNS_FILE = "posterior.nc", "fit.json", "runs.parquet"
 
-# The convergence gate: beyond these a fit is not reported as trustworthy (Vehtari et al. 2021,
-# arXiv 1903.08008, section 4, for R-hat; 200 effective draws give quantiles to 3 % of an sd).
-MAX_R_HAT, MIN_EFFECTIVE_DRAWS, MAX_DIVERGENT_SHARE = 1.02, 200.0, 0.02
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gate:
+    """The convergence gate: beyond these bounds a fit is not reported as trustworthy."""
+
+    max_r_hat: float
+    min_effective_draws: float
+    max_divergent_share: float
+
+
+# R-hat as in Vehtari et al. 2021 (arXiv 1903.08008, section 4); 200 effective draws place a
+# quantile to a tenth of an sd. A loop asks which run is worth more, and is soon asked again.
+REPORT_GATE = Gate(max_r_hat=1.02, min_effective_draws=200.0, max_divergent_share=0.02)
+LOOP_GATE = Gate(max_r_hat=1.05, min_effective_draws=60.0, max_divergent_share=0.05)
 
 SLOPE_NAMES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
 
@@ -102,15 +113,11 @@ def _higher(layer: str) -> Any:
 def make_posterior(
     draws: Mapping[str, NDArray[np.float64]], design: Design | None, runs: RunTable | None,
     prior: Prior, *, method: str, seed: int, statistics: Mapping[str, float],
+    gate: Gate = REPORT_GATE,
 ) -> Posterior:  # fmt: skip
     """Posterior from arrays (chain, draw, ...), with diagnostics and verdict worked out."""
     families = design.families if design is not None else ()
-    dataset = xr.Dataset(
-        {
-            name: (("chain", "draw", *_dims_of(name, values)), values)
-            for name, values in draws.items()
-        }
-    )
+    dataset = _as_dataset(draws)
     coords: dict[str, Any] = {}
     if "slope" in dataset.dims:
         coords["slope"] = list(SLOPE_NAMES)
@@ -123,7 +130,7 @@ def make_posterior(
     sampled = method == "bayes"
     if sampled:
         diagnostics |= diagnose(dataset)
-    trustworthy, verdict = _verdict(diagnostics) if sampled else (True, _NOT_SAMPLED[method])
+    trustworthy, verdict = _verdict(diagnostics, gate) if sampled else (True, _NOT_SAMPLED[method])
     if design is not None:
         features = design.slice_features()
         centre = {name: float(np.mean(features[name])) for name in REGRESSORS}
@@ -160,6 +167,23 @@ _NOT_SAMPLED = {
     "nothing of the law's own error.",
     "prior": "No run was used: this is the published evidence alone.",
 }
+
+
+def _as_dataset(draws: Mapping[str, NDArray[np.float64]]) -> xr.Dataset:
+    return xr.Dataset(
+        {
+            name: (("chain", "draw", *_dims_of(name, values)), values)
+            for name, values in draws.items()
+        }
+    )
+
+
+def mixed(draws: Mapping[str, NDArray[np.float64]], gate: Gate) -> bool:
+    """Whether the chains agree and hold enough effective draws of every reported variable."""
+    found = diagnose(_as_dataset(draws))
+    return bool(
+        found["max_r_hat"] <= gate.max_r_hat and found["min_ess"] >= gate.min_effective_draws
+    )
 
 
 def _dims_of(name: str, values: NDArray[np.float64]) -> tuple[str, ...]:
@@ -232,20 +256,20 @@ def _dataset(found: Any) -> xr.Dataset:
     return found if isinstance(found, xr.Dataset) else found.to_dataset()
 
 
-def _verdict(diagnostics: Mapping[str, Any]) -> tuple[bool, str]:
+def _verdict(diagnostics: Mapping[str, Any], gate: Gate) -> tuple[bool, str]:
     total = diagnostics["num_chains"] * diagnostics["num_draws"]
     faults = []
-    if not diagnostics["max_r_hat"] <= MAX_R_HAT:
+    if not diagnostics["max_r_hat"] <= gate.max_r_hat:
         faults.append(
             f"the chains disagree on {diagnostics['max_r_hat_of']} "
-            f"(R-hat {diagnostics['max_r_hat']:.3f}, wanted at most {MAX_R_HAT})"
+            f"(R-hat {diagnostics['max_r_hat']:.3f}, wanted at most {gate.max_r_hat})"
         )
-    if not diagnostics["min_ess"] >= MIN_EFFECTIVE_DRAWS:
+    if not diagnostics["min_ess"] >= gate.min_effective_draws:
         faults.append(
             f"{diagnostics['min_ess_of']} has {diagnostics['min_ess']:.0f} effective draws "
-            f"of {total} (wanted at least {MIN_EFFECTIVE_DRAWS:.0f})"
+            f"of {total} (wanted at least {gate.min_effective_draws:.0f})"
         )
-    if diagnostics.get("divergences", 0.0) > MAX_DIVERGENT_SHARE * total:
+    if diagnostics.get("divergences", 0.0) > gate.max_divergent_share * total:
         faults.append(
             f"{diagnostics['divergences']:.0f} of {total} transitions diverged: the sampler could "
             "not follow the posterior everywhere"

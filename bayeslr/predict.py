@@ -157,7 +157,7 @@ def _thinned(posterior: Posterior, max_draws: int) -> NDArray[np.int64]:
 
 
 class _Effects:
-    """Effects of measured groups, and new ones for groups that were not: one draw vector a group."""
+    """New effects of groups that were not measured: one vector of draws a group, made once."""
 
     def __init__(self, seed: int, num_draws: int) -> None:
         self._rng = np.random.default_rng([seed, 20_260_105])
@@ -254,8 +254,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     out = {name: np.empty(shape) for name in
            ("log_lr", "log_curvature", "skew", "log_edge", "floor", "loss_tokens",
             "loss_exponent")}  # fmt: skip
-    for t, target in enumerate(targets):
-        g = families[t]
+    for t, g in enumerate(families):
         d_n, d_s, d_d = (x[k][t] - centre[k] for k in REGRESSORS[:3])
         where = tuple(float(np.round(x[k][t], 4)) for k in REGRESSORS)
         h = measured.get(("shape", g, *where[:2]))

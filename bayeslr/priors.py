@@ -1,4 +1,4 @@
-"""Prior cards: distributions with units and sources, read from TOML; code has no prior of its own."""
+"""Prior cards: distributions with units and sources, from TOML; code has no prior of its own."""
 
 from __future__ import annotations
 

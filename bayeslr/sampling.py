@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import numpy as np
 from bayeslr.errors import SpecError
 from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
-from bayeslr.posterior import Posterior, make_posterior
+from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
 from bayeslr.priors import Prior, load_prior
 
 if TYPE_CHECKING:
@@ -45,12 +46,15 @@ _SCALES = (
 # Steps of the search for the mode, in the units of each effect; all others move by 0.3.
 _STEP = {
     "floor_raw": 0.005, "loss_cell_raw": 0.01, "loss_level": 0.02, "lr_opt_raw": 0.1,
-    "lr_cell_raw": 0.1, "lr_level": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02, "best_batch_raw": 0.3, "best_batch_level": 0.2,
+    "lr_cell_raw": 0.1, "lr_level": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02,
+    "best_batch_raw": 0.3, "best_batch_level": 0.2,
 }  # fmt: skip
 
 
 def configure_jax(num_devices: int | None = None) -> None:
-    """Set float64 and one JAX device a core, for this process. Call it before JAX is used.
+    """Set float64, one JAX device a core and a compilation cache, for this process.
+
+    Call it before JAX is used. The cache lies in the user's cache folder (XDG_CACHE_HOME).
 
     The command line and `fit` call it; a program that has set up JAX by itself need not, as long
     as ``jax_enable_x64`` is on.
@@ -65,6 +69,10 @@ def configure_jax(num_devices: int | None = None) -> None:
     import jax
 
     jax.config.update("jax_enable_x64", True)
+    if jax.config.jax_compilation_cache_dir is None:
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(caches / "bayeslr" / "jax"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def _jax_started() -> bool:
@@ -319,7 +327,7 @@ def whitening(compiled: CompiledModel, hessian: FloatArray, least: float = 0.5) 
     covariance = (vectors / np.maximum(scales, least)) @ vectors.T
     root = np.empty_like(covariance)
     root[order] = np.linalg.cholesky(covariance)
-    return root
+    return np.asarray(root, dtype=np.float64)
 
 
 def _sampler(compiled: CompiledModel, num_warmup: int, num_draws: int, num_chains: int,
@@ -357,41 +365,62 @@ def _sampler(compiled: CompiledModel, num_warmup: int, num_draws: int, num_chain
 
 def sample(compiled: CompiledModel, arrays: valley.Arrays, mode: FloatArray, root: FloatArray, *,
            seed: int, num_warmup: int, num_draws: int, num_chains: int,
-           target_accept: float = 0.8, progress: bool = False,
+           enough: Callable[[dict[str, FloatArray]], bool] = lambda draws: True,
+           max_rounds: int = 4, target_accept: float = 0.8, progress: bool = False,
            ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
-    """NUTS draws, each (chain, draw, ...), and the sampler's statistics."""
+    """NUTS draws, each (chain, draw, ...), and the sampler's statistics.
+
+    After ``num_draws`` a chain, ``enough(draws)`` is asked; while it says no, the
+    chains go on for as many again, up to ``max_rounds`` times ``num_draws``.
+    """
     import jax
     import jax.numpy as jnp
 
     data = tuple(jnp.asarray(values) for values in arrays.values())
     sampler = _sampler(compiled, num_warmup, num_draws, num_chains, target_accept, progress)
-    rng = np.random.default_rng(seed)
-    start = 0.5 * rng.normal(size=(num_chains, compiled.size))
+    start = 0.5 * np.random.default_rng(seed).normal(size=(num_chains, compiled.size))
     if num_chains == 1:
         start = start[0]
     first = {
         "z_global": jnp.asarray(start[..., : compiled.num_global]),
         "z_effect": jnp.asarray(start[..., compiled.num_global :]),
     }
-    sampler.run(
-        jax.random.PRNGKey(seed), jnp.asarray(mode), jnp.asarray(root), data,
-        init_params=first,
-        extra_fields=("num_steps", "diverging", "accept_prob"),
-    )  # fmt: skip
-    found_z = sampler.get_samples(group_by_chain=True)
-    z = np.concatenate([np.asarray(found_z[name]) for name in first], axis=-1)
-    extra = sampler.get_extra_fields(group_by_chain=True)
-    x = (mode + z @ root.T).reshape(-1, compiled.size)
-    found = compiled.outputs(jnp.asarray(x), data)
-    draws = {
-        name: np.asarray(values).reshape(z.shape[:2] + values.shape[1:])
-        for name, values in found.items()
-        if not name.endswith("_raw")
-    }
+    arguments = (jnp.asarray(mode), jnp.asarray(root), data)
+    fields = ("num_steps", "diverging", "accept_prob")
+    sampler.post_warmup_state = None
+    key = jax.random.PRNGKey(seed)
+    rounds: list[FloatArray] = []
+    draws: dict[str, FloatArray] = {}
+    extras: list[dict[str, FloatArray]] = []
+    while True:
+        sampler.run(key, *arguments, init_params=None if rounds else first, extra_fields=fields)
+        found_z = sampler.get_samples(group_by_chain=True)
+        rounds.append(np.concatenate([np.asarray(found_z[name]) for name in first], axis=-1))
+        extra = sampler.get_extra_fields(group_by_chain=True)
+        extras.append({name: np.asarray(extra[name]) for name in fields})
+        z = np.concatenate(rounds, axis=1)
+        found = compiled.outputs(
+            jnp.asarray((mode + rounds[-1] @ root.T).reshape(-1, compiled.size)), data
+        )
+        new = {
+            name: np.asarray(values).reshape(rounds[-1].shape[:2] + values.shape[1:])
+            for name, values in found.items()
+            if not name.endswith("_raw")
+        }
+        draws = (
+            {name: np.concatenate([draws[name], new[name]], axis=1) for name in new}
+            if len(rounds) > 1 else new
+        )  # fmt: skip
+        divergences = float(sum(np.sum(extra["diverging"]) for extra in extras))
+        if len(rounds) == max_rounds or enough(draws):
+            break
+        sampler.post_warmup_state = sampler.last_state
+        key = sampler.post_warmup_state.rng_key
+    assert z.shape[1] == len(rounds) * num_draws
     statistics = {
-        "divergences": float(np.sum(extra["diverging"])),
-        "mean_steps": float(np.mean(extra["num_steps"])),
-        "mean_acceptance": float(np.mean(extra["accept_prob"])),
+        "divergences": divergences,
+        "mean_steps": float(np.mean([extra["num_steps"].mean() for extra in extras])),
+        "mean_acceptance": float(np.mean([extra["accept_prob"].mean() for extra in extras])),
     }
     return draws, statistics
 
@@ -424,14 +453,20 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     arrays = valley.model_data(design, sizes)
     compiled = _compiled(arrays, card, len(design.families))
     mode, hessian = find_mode(compiled, arrays, card)
+    gate = LOOP_GATE if fast else REPORT_GATE
+
+    def enough(draws: dict[str, FloatArray]) -> bool:
+        return mixed(_unpadded(draws, valley.sizes_of(design)), gate)
+
     draws, statistics = sample(
         compiled, arrays, mode, whitening(compiled, hessian), seed=seed, num_warmup=num_warmup,
-        num_draws=num_draws, num_chains=num_chains, progress=progress,
+        num_draws=num_draws, num_chains=num_chains, enough=enough, progress=progress,
+        target_accept=0.8 if fast else 0.9,
     )  # fmt: skip
     draws = _unpadded(draws, valley.sizes_of(design))
     statistics["seconds"] = time.monotonic() - started
     return make_posterior(
-        draws, design, runs, card, method=method, seed=seed, statistics=statistics
+        draws, design, runs, card, method=method, seed=seed, statistics=statistics, gate=gate
     )
 
 

@@ -16,11 +16,11 @@ pytest.importorskip("optuna")
 from bayeslr import loop
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.loop import SweepResult, describe, find_recipe, open_recipe, open_status, to_toml
+from bayeslr.loop.status import status_lines
+from bayeslr.loop.validation import validate
 from bayeslr.runner_protocol import Trial
 from bayeslr.space import start_design
 from bayeslr.specs import load_recipe, parse_recipe, recipe_document
-from bayeslr.sweep_status import status_lines
-from bayeslr.validation import validate
 from bayeslr_runners import toy
 from bayeslr_runners.study import open_study
 from tests import fakes
@@ -227,7 +227,7 @@ def test_a_disk_that_refuses_is_said_and_the_sweep_resumes(
         raise OSError(number, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bayeslr.worker.Child", full)
+        patch.setattr("bayeslr.loop.worker.Child", full)
         with pytest.raises(StorageError, match=r"No space left on device.*repeat the same command"):
             sweep(tmp_path)
     result, _ = sweep(tmp_path)

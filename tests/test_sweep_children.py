@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from bayeslr.children import MAX_PARTIAL_ROWS, Child, complete, judge, parse_rows
+from bayeslr.loop.children import MAX_PARTIAL_ROWS, Child, complete, judge, parse_rows
 from bayeslr.runner_protocol import RECORDS_FILE
 from bayeslr.specs import RunSpec
 
@@ -144,7 +144,7 @@ def test_an_out_of_memory_kill_is_a_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kills = iter([3, 4])
-    monkeypatch.setattr("bayeslr.children._oom_kills", lambda: next(kills))
+    monkeypatch.setattr("bayeslr.loop.children._oom_kills", lambda: next(kills))
     verdict = run(tmp_path, "import os; os.kill(os.getpid(), 9)").verdict()
     assert (verdict.state, verdict.reason) == ("failed", "killed by SIGKILL: out of memory")
 
@@ -170,7 +170,7 @@ def test_a_torn_last_line_does_not_swallow_the_next_record(tmp_path: Path) -> No
 def test_stop_ends_a_child_that_ignores_sigterm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bayeslr.children.STOP_SECONDS", 0.3)
+    monkeypatch.setattr("bayeslr.loop.children.STOP_SECONDS", 0.3)
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
     child = Child(SPEC, tmp_path, [sys.executable, "-c", code])
     time.sleep(0.3)
@@ -181,7 +181,7 @@ def test_stop_ends_a_child_that_ignores_sigterm(
 PARENT = """
 import sys, time
 from pathlib import Path
-from bayeslr.children import Child
+from bayeslr.loop.children import Child
 from tests.test_sweep_children import SPEC
 code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
 child = Child(SPEC, Path("."), [sys.executable, "-c", code])

@@ -183,14 +183,13 @@ def _prediction_lines(table: pd.DataFrame) -> list[str]:
         f"{'target':{width}s}  {'lr':>9s}  {'5 %':>9s}  {'50 %':>9s}  {'95 %':>9s}  "
         f"{'regret':>7s}  {'+tokens':>8s}  {'diverge':>7s}  {'outside':>7s}"
     ]
-    for row in table.to_dict("records"):
-        lines.append(
-            f"{row['target_id']!s:{width}s}  {row['lr']:9.3g}  {row['lr_q05']:9.3g}  "
-            f"{row['lr_q50']:9.3g}  {row['lr_q95']:9.3g}  {row['regret_mean']:7.4f}  "
-            f"{100 * row['extra_tokens']:6.1f} %  {100 * row['p_diverge']:5.1f} %  "
-            f"{row['extrapolation']:7.1f}"
-        )
-    return lines
+    return lines + [
+        f"{row['target_id']!s:{width}s}  {row['lr']:9.3g}  {row['lr_q05']:9.3g}  "
+        f"{row['lr_q50']:9.3g}  {row['lr_q95']:9.3g}  {row['regret_mean']:7.4f}  "
+        f"{100 * row['extra_tokens']:6.1f} %  {100 * row['p_diverge']:5.1f} %  "
+        f"{row['extrapolation']:7.1f}"
+        for row in table.to_dict("records")
+    ]
 
 
 def _write_table(table: pd.DataFrame, out: Path) -> None:
@@ -198,13 +197,14 @@ def _write_table(table: pd.DataFrame, out: Path) -> None:
 
     suffix = out.suffix.lower()
     if suffix == ".parquet":
-        write_atomically(out, lambda path: table.to_parquet(path, index=False))
+        content = table.to_parquet(None, index=False)
     elif suffix in (".jsonl", ".json"):
-        write_atomically(out, lambda path: table.to_json(path, orient="records", lines=True))
+        content = table.to_json(orient="records", lines=True).encode()
     elif suffix == ".csv":
-        write_atomically(out, lambda path: table.to_csv(path, index=False))
+        content = table.to_csv(index=False).encode()
     else:
         raise SpecError(f"{out} must end in .csv, .parquet or .jsonl")
+    write_atomically(out, content)
 
 
 def plan(

@@ -99,7 +99,7 @@ def status(
 ) -> None:
     """How a sweep stands: runs, budget, prediction, who is working, what failed and why."""
     from bayeslr.loop import open_status
-    from bayeslr.sweep_status import status_lines
+    from bayeslr.loop.status import status_lines
 
     document = open_status(place, study)
     _echo(json.dumps(document, indent=2)) if as_json else _echo(*status_lines(document))

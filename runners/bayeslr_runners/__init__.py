@@ -1,0 +1,1 @@
+"""Runners and studies: PyTorch proxies, recorded runs, any program; Optuna keeps the state."""

@@ -24,7 +24,7 @@ from bayeslr_runners.moe.shapes import MoeShape
 HIDDEN = ("attention", "router", "expert_up", "expert_down")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)

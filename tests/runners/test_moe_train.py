@@ -35,7 +35,7 @@ OPTIONS = {"data": "synthetic", "synthetic_vocab": 16, "synthetic_order": 1, "sy
 CLOCK = ("wall_s", "created_at")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -76,7 +76,7 @@ def child(run_dir: Path, **kwargs: Any) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run trained in one go."""
     run_dir = folder(tmp_path_factory.mktemp("runs") / "unbroken", spec())
     train(run_dir)

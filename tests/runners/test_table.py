@@ -12,8 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from bayeslr.children import complete, judge, write_rows
 from bayeslr.errors import SpecError
+from bayeslr.loop.children import complete, judge, write_rows
 from bayeslr.runner_protocol import RecordedRunner, find_entry_point
 from bayeslr.runs import make_table
 from bayeslr.specs import RunSpec

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from bayeslr.errors import SpecError
+from bayeslr.loop.worker import Due
 from bayeslr.runner_protocol import Runner, Trial
 from bayeslr.space import run_spec
 from bayeslr.specs import Recipe, Target
 from bayeslr.units import format_quantity
-from bayeslr.worker import Due
 
 MULTIPLES = (1.0, 0.5, 2.0)
 

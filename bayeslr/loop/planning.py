@@ -7,12 +7,12 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from bayeslr.errors import BayeslrError, DataError, UntrustworthyFit
+from bayeslr.loop.worker import Due, Progress, Stop
 from bayeslr.runner_protocol import Runner, Study, Trial
 from bayeslr.runs import RunTable, make_table
 from bayeslr.space import Priced, candidates, line_of, random_design, start_design, targets_of
 from bayeslr.specs import Recipe, Target
 from bayeslr.units import format_quantity
-from bayeslr.worker import Due, Progress, Stop
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
 
 FAILED_STATES = ("failed", "lost")
-
-MAX_STEERING_R_HAT = 1.2
-"""Chains that agree to this (Gelman & Rubin's old limit) can choose runs, not yet give answers."""
 
 
 @final
@@ -99,6 +96,7 @@ class Planner:
             num_runs=num_runs,
             budget_flops=budget_flops,
             seed=recipe.seed + batch,
+            only_paying=recipe.stop_rule,
         )
         if not plan.proposals:
             return Stop(kind="rule", reason=plan.stop_reason)
@@ -115,20 +113,13 @@ def _steering_fit(
 
     Raises: UntrustworthyFit if neither will do.
     """
-    import numpy as np
-
     from bayeslr.predict import predict
     from bayeslr.sampling import fit
 
     for fast in (True, False):
         posterior = fit(table, recipe.prior, seed=recipe.seed, fast=fast)
-        predictions = predict(posterior, targets)
-        numbers = predictions[["lr", "lr_q05", "lr_q95", "regret_mean"]].to_numpy(dtype=float)
-        mixed = posterior.trustworthy or (
-            posterior.info["diagnostics"]["max_r_hat"] <= MAX_STEERING_R_HAT
-        )
-        if mixed and np.isfinite(numbers).all():
-            return posterior, predictions
+        if posterior.trustworthy:
+            return posterior, predict(posterior, targets)
     raise UntrustworthyFit(str(posterior.info["verdict"]))
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
 
-from bayeslr.children import Child, Verdict, complete, judge, write_rows
 from bayeslr.errors import SpecError
+from bayeslr.loop.children import Child, Verdict, complete, judge, write_rows
 from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_quantity

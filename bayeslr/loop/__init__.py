@@ -30,7 +30,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslr.errors import DataError, SpecError, StorageError, UntrustworthyFit
-from bayeslr.planning import Planner, again, table_of
+from bayeslr.loop.planning import Planner, again, table_of
+from bayeslr.loop.status import status_of
+from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
+from bayeslr.loop.worker import Due, Progress, Stop, Worker, due_entry, due_runs, silent
 from bayeslr.runner_protocol import (
     Runner,
     Study,
@@ -41,9 +44,6 @@ from bayeslr.runner_protocol import (
 )
 from bayeslr.space import candidates, start_design, targets_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
-from bayeslr.sweep_status import status_of
-from bayeslr.validation import Validation, validate, validation_runs, validation_summary
-from bayeslr.worker import Due, Progress, Stop, Worker, due_entry, due_runs, silent
 
 if TYPE_CHECKING:
     import pandas as pd
