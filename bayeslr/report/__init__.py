@@ -146,9 +146,15 @@ def _sampled(posterior: Posterior) -> bool:
 def _eyebrow(posterior: Posterior, has_targets: bool) -> list[str]:
     info = posterior.info
     told = []
-    if posterior.design is not None:
+    if posterior.design is not None and posterior.runs is not None:
         families = info["families"]
-        told.append(f"{info['num_runs']} runs, {info['num_slices']} slices")
+        num_runs = posterior.runs.frame["run_id"].nunique()
+        told.append(
+            f"{num_runs} runs, {info['num_slices']} slices"
+            if num_runs == len(posterior.runs)
+            else f"{num_runs} runs measured {len(posterior.runs)} times, "
+            f"{info['num_slices']} slices"
+        )
         told.append(families[0] if len(families) == 1 else f"{len(families)} families")
     told.append(f"prior card {posterior.prior.name}")
     if not has_targets:

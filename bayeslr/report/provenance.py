@@ -158,11 +158,14 @@ def facts(posterior: Posterior) -> list[tuple[str, str]]:
     if runs is not None and posterior.design is not None:
         counts = runs.frame["family"].value_counts(sort=False)
         listed = ", ".join(f"{family} ({count})" for family, count in counts.items())
-        kept = f"{info['num_runs']} of {len(runs)} accepted rows used"
+        kept = (
+            f"{runs.frame['run_id'].nunique()}, in {len(runs)} accepted rows, of which "
+            f"{info['num_runs']} could be used"
+        )
         found += [
             ("Runs", f"{kept}, {info['num_diverged']} of them diverged; "
                      f"{info['num_slices']} slices"),
-            ("Families", listed),
+            ("Families, rows", listed),
             ("Compute", f"{format_quantity(float(runs.frame['flops'].sum()))} FLOPs in all"),
             ("Parameters", f"counted as {info['param_convention']}"),
             ("Rows set aside", f"{info['num_quarantined']}"),

@@ -107,8 +107,11 @@ def names(design: Design, number: int) -> tuple[str, str]:
     size = format_quantity(math.exp(x["log_n_active"]))
     if x["log_sparsity"] < -1e-9:
         size += f" of {format_quantity(math.exp(x['log_n_active'] - x['log_sparsity']))}"
-    tokens = format_quantity(math.exp(x["log_tokens"]))
-    return size, f"{tokens} tokens, batch {format_quantity(math.exp(x['log_batch']))}"
+    told = f"{format_quantity(math.exp(x['log_tokens']))} tokens"
+    told += f", batch {format_quantity(math.exp(x['log_batch']))}"
+    if not design.annealed[design.cell_of_slice[number]]:
+        told += ", before the decay"
+    return size, told
 
 
 def nearest(design: Design, slices: list[Slice], target: Target) -> list[Slice]:
@@ -124,6 +127,8 @@ def nearest(design: Design, slices: list[Slice], target: Target) -> list[Slice]:
     away = np.sqrt(np.square(steps).sum(axis=0))
     if target.family in design.families:
         away = away + 1e3 * (design.family_of_slice != design.families.index(target.family))
+    # Losses read off before the LR has decayed have another optimum than the target's.
+    away = away + 10 * ~design.annealed[design.cell_of_slice]
     worth = [one for one in slices if one.num_lrs + len(one.diverged_lr) >= 2 and one.num_lrs >= 1]
     return sorted(worth, key=lambda one: float(away[one.number]))[:MAX_VALLEYS]
 
