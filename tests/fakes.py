@@ -81,6 +81,7 @@ def choose(
     num_runs: int,
     budget_flops: float,
     seed: int,
+    only_paying: bool = True,
 ) -> Plan:
     """Nearest to the best LR first: depends on every loss so far, so a resumed sweep must agree."""
 

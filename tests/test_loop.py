@@ -149,26 +149,23 @@ def test_runs_that_cannot_be_fitted_fall_back_to_chance_and_say_so(
     assert any("at random" in line and "all runs diverged" in line for line in lines)
 
 
-@pytest.mark.parametrize(
-    ("max_r_hat", "fits", "steered"), [(1.1, [True], True), (1.5, [True, False], False)]
-)
+@pytest.mark.parametrize(("trustworthy", "fits"), [(True, [True]), (False, [True, False])])
 def test_a_fit_that_has_not_mixed_chooses_nothing(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    max_r_hat: float,
+    trustworthy: bool,
     fits: list[bool],
-    steered: bool,
 ) -> None:
     calls: list[bool] = []
 
     def unmixed(runs: Any, *_: Any, fast: bool = False, **__: Any) -> fakes.FakePosterior:
         calls.append(fast)
-        return fakes.FakePosterior(8e-3, 6, trustworthy=False, max_r_hat=max_r_hat)
+        return fakes.FakePosterior(8e-3, 6, trustworthy=trustworthy)
 
     monkeypatch.setattr(sys.modules["bayeslr.sampling"], "fit", unmixed)
     _, lines = sweep(tmp_path, sweep__max_runs=8)
     assert calls == [*fits, False]
-    assert any("at random" in line and "so so" in line for line in lines) is not steered
+    assert any("at random" in line and "so so" in line for line in lines) is not trustworthy
 
 
 def test_diverged_runs_are_told_and_kept(tmp_path: Path) -> None:

@@ -452,7 +452,7 @@ def _toml(value: Any) -> str:
 
 def _git_hash() -> str | None:
     """Commit of the checkout that this package runs from; None for an installed wheel."""
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     if not (root / "pyproject.toml").exists():
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
