@@ -203,13 +203,16 @@ def _parse(path: Path, seen: tuple[Path, ...]) -> Prior:
         base = _parse(parent, (*seen, path))
         digest.update(base.sha256.encode())
     parameters = dict(base.parameters) if base else {}
+    for table in ("parameters", "reference", "holds_for"):
+        if not isinstance(raw.get(table, {}), Mapping):
+            raise SpecError(f"{where}: {table} must be a table, got {raw[table]!r}")
     for name, entry in raw.get("parameters", {}).items():
         parameters[name] = _distribution(name, entry, where)
     if missing := [name for name in PARAMETERS if name not in parameters]:
         raise SpecError(f"{where}: parameter {missing[0]!r} is missing ({PARAMETERS[missing[0]]})")
     reference = {**(base.reference if base else {}), **raw.get("reference", {})}
     for key in REFERENCE_KEYS:
-        if not float(reference.get(key, 0.0)) > 0:
+        if not _number(reference.get(key, 0.0), f"{where}, [reference]: {key}") > 0:
             raise SpecError(f"{where}, [reference]: {key} must be > 0, got {reference.get(key)!r}")
     return Prior(
         name=raw.get("name", path.stem),
@@ -224,10 +227,18 @@ def _parse(path: Path, seen: tuple[Path, ...]) -> Prior:
     )
 
 
-def _distribution(name: str, entry: Mapping[str, Any], where: str) -> Distribution:
+def _number(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise SpecError(f"{where} must be a number, got {value!r}")
+    return float(value)
+
+
+def _distribution(name: str, entry: Any, where: str) -> Distribution:
     where = f"{where}, parameter {name!r}"
     if name not in PARAMETERS:
         raise SpecError(f"{where}: the model has no such parameter")
+    if not isinstance(entry, Mapping):
+        raise SpecError(f"{where} must be a table with a distribution, got {entry!r}")
     kind = entry.get("distribution")
     if kind not in _SHAPE_KEYS:
         raise SpecError(f"{where}: distribution must be normal or lognormal, got {kind!r}")
@@ -237,7 +248,7 @@ def _distribution(name: str, entry: Mapping[str, Any], where: str) -> Distributi
     for key in (*keys, "unit", "source"):
         if key not in entry:
             raise SpecError(f"{where}: {key} is missing; each value names its unit and its source")
-    location, scale = float(entry[keys[0]]), float(entry[keys[1]])
+    location, scale = (_number(entry[key], f"{where}: {key}") for key in keys)
     if not (math.isfinite(location) and math.isfinite(scale) and scale > 0):
         raise SpecError(f"{where}: {keys[1]} must be > 0 and both finite, got {location}, {scale}")
     if kind == "lognormal" and location <= 0:
