@@ -112,11 +112,9 @@ class _Run:
                 f"{SPEC_FILE} beside it; use a new folder for a new run"
             )
         self.position = _Position(**saved["position"])
-        self.watch = Watch(**saved["watch"])
-        self.last = Step(**saved["last"]) if saved["last"] else None
         self.trunk = saved["trunk"]
         self.wall_before = saved["wall_s"]
-        self.trainer.restore(saved["live"])
+        self._restore(saved["live"])
 
     def _train_horizon(self, index: int) -> None:
         horizon, position = self.plan[index], self.position
@@ -129,7 +127,7 @@ class _Run:
                 self._save_if_due()
             position.in_branch = True
             if not is_last and horizon.branch_step < horizon.num_steps:
-                self.trunk = self.trainer.state()
+                self.trunk = self._state()
         while position.step < horizon.num_steps:
             self._step(horizon)
             self._save_if_due()
@@ -137,7 +135,7 @@ class _Run:
         if is_last:
             return
         if self.trunk is not None:
-            self.trainer.restore(self.trunk)
+            self._restore(self.trunk)
             position.step = horizon.branch_step
         self.trunk = None
         position.horizon, position.in_branch = index + 1, False
@@ -238,14 +236,25 @@ class _Run:
             {
                 "spec": self._spec_hash(),
                 "position": dataclasses.asdict(self.position),
-                "watch": dataclasses.asdict(self.watch),
-                "last": dataclasses.asdict(self.last) if self.last else None,
                 "trunk": self.trunk,
                 "wall_s": self._wall_s(),
-                "live": self.trainer.state(),
+                "live": self._state(),
             },
         )
         self.saved_at = time.monotonic()
+
+    def _state(self) -> dict[str, Any]:
+        """The network where it is now, with what was seen of its losses on the way."""
+        return {
+            "trainer": self.trainer.state(),
+            "watch": dataclasses.asdict(self.watch),
+            "last": dataclasses.asdict(self.last) if self.last else None,
+        }
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        self.trainer.restore(state["trainer"])
+        self.watch = Watch(**state["watch"])
+        self.last = Step(**state["last"]) if state["last"] else None
 
     def _wall_s(self) -> float:
         return self.wall_before + time.monotonic() - self.started
