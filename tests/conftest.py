@@ -27,3 +27,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 def root() -> Path:
     """Root of the repository."""
     return ROOT
+
+
+# Fixtures of the statistical half. Their modules are imported here, once the environment is set.
+from tests.model_fixtures import card, fit_again, posterior, table  # noqa: E402, F401

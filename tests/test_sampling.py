@@ -1,0 +1,113 @@
+"""Fitting: same seed same draws, recovery of the truth, the gate, and what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+from bayeslr.errors import DataError, SpecError
+from bayeslr.models import valley
+from bayeslr.models.simulate import card_log_lr
+from bayeslr.posterior import Posterior
+from bayeslr.priors import Prior
+from bayeslr.runs import RunTable, make_table
+from bayeslr.sampling import _padded, fit
+from tests.model_fixtures import made_up_runs, run_record, true_log_lr
+
+
+def test_the_same_seed_gives_the_same_draws_and_chains_differ(
+    posterior: Posterior, fit_again: Callable[[int], Posterior]
+) -> None:
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    again = fit_again(1)
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
+    for name in posterior.draws.data_vars:
+        np.testing.assert_array_equal(
+            posterior.draws[name].to_numpy(), again.draws[name].to_numpy(), err_msg=str(name)
+        )
+    # The twin: the other chain, of the same key, has other draws.
+    first, second = posterior.draws["lr_tokens"].to_numpy()
+    assert not np.array_equal(first, second)
+
+
+def test_all_outputs_are_there_in_the_sizes_of_the_data(posterior: Posterior) -> None:
+    design = posterior.design
+    assert design is not None
+    sizes = valley.sizes_of(design)
+    for name, levels in valley.OUTPUTS.items():
+        for level, size in zip(levels, posterior.draws[name].shape[2:], strict=True):
+            assert size == (len(valley.SLOPES) if level == "slope" else sizes[level]), name
+    assert all(bool(np.isfinite(v).all()) for v in posterior.draws.data_vars.values())
+
+
+def test_the_optima_of_the_slices_are_recovered(posterior: Posterior) -> None:
+    design = posterior.design
+    assert design is not None
+    x = design.slice_features()
+    truth = [
+        true_log_lr(*np.exp([n, d, b]))
+        for n, d, b in zip(x["log_n_active"], x["log_tokens"], x["log_batch"], strict=True)
+    ]
+    draws = posterior.flat("lr_opt")
+    z = (draws.mean(axis=0) - truth) / draws.std(axis=0)
+    # Eight slices within 4 posterior sds: fails 1 in 2,000 tables if calibrated; the seed is fixed.
+    assert np.abs(z).max() < 4
+    assert draws.std(axis=0).max() < 0.25
+    # The twin: the card's own optima, 0.3 lower, are told from the truth.
+    card = posterior.prior
+    by_card = [
+        card_log_lr(card, *np.exp([n, n - s, d, b])) for n, s, d, b in zip(*x.values(), strict=True)
+    ]
+    assert np.abs((draws.mean(axis=0) - by_card) / draws.std(axis=0)).max() > 4
+
+
+def test_diagnostics_are_kept(posterior: Posterior) -> None:
+    diagnostics = posterior.info["diagnostics"]
+    assert diagnostics["num_chains"] == 2
+    assert diagnostics["max_r_hat"] < 1.2
+    assert 0.4 < diagnostics["mean_acceptance"] <= 1.0
+    assert diagnostics["seconds"] > 0
+
+
+def test_an_unknown_method_is_refused(table: RunTable) -> None:
+    with pytest.raises(SpecError, match=r"method must be one of bayes, two-stage, got 'magic'"):
+        fit(table, method="magic")
+
+
+def test_an_unknown_card_is_refused(table: RunTable) -> None:
+    with pytest.raises(SpecError, match=r"no prior card 'nope'; the shipped cards are"):
+        fit(table, "nope")
+
+
+@pytest.mark.parametrize("method", ["bayes", "two-stage"])
+def test_all_diverged_is_refused_before_anything_is_sampled(method: str) -> None:
+    rows = [run_record(f"r{i}", 1e8, 2e9, 1e5, 10 ** (-2 + i / 4), None) for i in range(4)]
+    with pytest.raises(DataError, match=r"all 4 runs diverged.*lower LR"):
+        fit(make_table(rows), method=method)
+
+
+def test_one_size_only_says_whose_the_exponent_is(card: Prior) -> None:
+    one = fit(made_up_runs(sizes=(1e8,)), card, method="two-stage", num_draws=50)
+    assert any(
+        "one model size only" in note and "size exponent is the prior's" in note
+        for note in one.info["identifiability"]
+    )
+    two = fit(made_up_runs(), card, method="two-stage", num_draws=50)
+    assert not any("one model size" in note for note in two.info["identifiability"])
+
+
+def test_one_lr_in_every_slice_is_said(posterior: Posterior) -> None:
+    from bayeslr.runs import identifiability
+
+    (note,) = [n for n in identifiability(made_up_runs(offsets=(0.0,))) if "one LR only" in n]
+    assert "at least 3 LRs" in note
+    assert not any("one LR only" in note for note in posterior.info["identifiability"])
+
+
+def test_padded_sizes_grow_by_coarse_steps() -> None:
+    padded = [_padded({"run": n, "family": 3}) for n in range(1, 400)]
+    assert all(p["run"] >= n for n, p in enumerate(padded, start=1))
+    assert {p["family"] for p in padded} == {3}
+    assert len({p["run"] for p in padded}) < 30

@@ -1,0 +1,325 @@
+"""The valley model: its log density against an independent one, its padding, its simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy import stats
+
+from bayeslr.features import build_design
+from bayeslr.models import simulate, valley
+from bayeslr.models.simulate import PlannedSlice
+from bayeslr.priors import Prior
+from bayeslr.runs import RunTable, concat, make_table
+from bayeslr.sampling import CompiledModel, compile_model, configure_jax
+from tests.model_fixtures import made_up_runs, run_record, true_log_lr
+
+Point = Mapping[str, NDArray[np.float64]]
+
+
+def two_families() -> RunTable:
+    """Two families, a slice of unfinished runs, known standard errors, diverged runs."""
+    first = made_up_runs(offsets=(-1.4, 0.0, 2.1))
+    middle = true_log_lr(3e7, 2e9, 131_072.0)
+    rows = [
+        run_record(
+            f"p{i}", 3e7, 1e9, 131_072.0, np.exp(middle + u), 3.1 + 0.02 * u**2,
+            status="partial", loss_se=0.002,
+        )
+        for i, u in enumerate((-0.7, 0.0, 0.7))
+    ] + [
+        run_record(
+            f"o{i}", 5e7, 4e9, 262_144.0, np.exp(middle + u), 2.9 + 0.02 * u**2, family="other"
+        )
+        for i, u in enumerate((-0.7, 0.0, 0.7))
+    ]  # fmt: skip
+    return concat([first, make_table(rows)])
+
+
+def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -> float:
+    """The model of the docstring in NumPy and SciPy, written without a look at its tensors."""
+    normal = stats.norm.logpdf
+    total = 0.0
+    p: dict[str, Any] = {}
+    for name, entry in card.parameters.items():
+        if name in ("loss_irreducible", "diverged_loss"):
+            continue
+        if entry.kind == "normal":
+            p[name] = point[name]
+            total += np.sum(normal(point[name], entry.location, entry.scale))
+        else:
+            log_value = point[f"{name}_log__"]
+            p[name] = np.exp(log_value)
+            total += np.sum(normal(log_value, np.log(entry.location), entry.scale))
+
+    ref_n, ref_all, ref_d = (card.reference[k] for k in ("n_active", "n_total", "tokens"))
+    x_n, x_s, x_d = arrays["centre"] - np.log([ref_n, ref_n / ref_all, ref_d])
+
+    def level(name: str, mean: Any, sd: str) -> Any:
+        nonlocal total
+        total += np.sum(normal(point[name], mean, p[sd]))
+        return point[name]
+
+    lr_level = level(
+        "lr_level",
+        p["lr_intercept"] + p["lr_n_active"] * x_n + p["lr_sparsity"] * x_s + p["lr_tokens"] * x_d,
+        "lr_family_sd",
+    )
+    batch_level = level(
+        "best_batch_level",
+        p["best_batch_intercept"] + p["best_batch_n_active"] * x_n + p["best_batch_tokens"] * x_d,
+        "best_batch_family_sd",
+    )
+    bend_level = level(
+        "log_curvature_level",
+        np.log(p["curvature_intercept"]) + p["curvature_n_active"] * x_n
+        + p["curvature_tokens"] * x_d,
+        "curvature_family_sd",
+    )  # fmt: skip
+    log_skew = level("log_skew", np.log(p["skew"]), "skew_family_sd")
+    log_edge = level("log_edge_offset", np.log(p["edge_offset"]), "edge_family_sd")
+
+    def effect(name: str, mean: Any, sd: str, share: Any) -> Any:
+        """Value ~ Normal(mean, sd), a share of the centring in the raw variable."""
+        nonlocal total
+        raw = point[f"{name}_raw"]
+        total += np.sum(normal(raw, share * mean, p[sd] ** share))
+        return mean + p[sd] ** (1 - share) * (raw - share * mean)
+
+    slope = effect(
+        "family_slope",
+        np.array([[p[f"lr_{k}"] for k in
+                   ("n_active", "sparsity", "tokens", "batch_below", "batch_above")]]),
+        "lr_slope_family_sd", arrays["family_has_slope"],
+    )  # fmt: skip
+    g, h, c, s = (arrays[k] for k in ("shape_family", "cell_shape", "slice_cell", "run_slice"))
+    d_n, d_s, d_d = (arrays[k] for k in ("shape_d_n_active", "shape_d_sparsity", "cell_d_tokens"))
+    lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s
+    lr_h = effect("lr_shape", lr_law, "lr_shape_sd", arrays["shape_has_lr"])
+    irreducible = point["loss_level"] - p["loss_n_active"] - p["loss_tokens"]
+    entry = card["loss_irreducible"]
+    total += np.sum(stats.lognorm.logpdf(irreducible, entry.scale, scale=entry.location))
+    loss_law = point["loss_level"][g] - p["loss_n_active"][g] * (
+        1 - np.exp(-p["loss_exponent_n_active"][g] * d_n)
+    )
+    loss_h = effect("loss_shape", loss_law, "loss_shape_sd", arrays["shape_has_floor"])
+    gc, d_nc = g[h], d_n[h]
+    best_batch = effect(
+        "best_batch",
+        batch_level[gc] + p["best_batch_n_active"] * d_nc + p["best_batch_tokens"] * d_d,
+        "best_batch_cell_sd", arrays["cell_has_lr"],
+    )  # fmt: skip
+    early = arrays["cell_unannealed"]
+    lr_c = effect(
+        "lr_cell", lr_h[h] + slope[gc, 2] * d_d + p["lr_unannealed"] * early, "lr_cell_sd",
+        arrays["cell_has_lr"],
+    )  # fmt: skip
+    loss_c = effect(
+        "loss_cell",
+        loss_h[h] - p["loss_tokens"][gc] * (1 - np.exp(-p["loss_exponent_tokens"][gc] * d_d))
+        + p["loss_unannealed"] * early,
+        "loss_cell_sd", arrays["cell_has_floor"],
+    )  # fmt: skip
+    gs = gc[c]
+    z = arrays["slice_log_batch"] - best_batch[c]
+    below, above = slope[gs, 3], slope[gs, 4]
+    knee = below * z + (above - below) * (np.log1p(np.exp(2 * z)) - np.log(2)) / 2
+    lr_opt = effect("lr_opt", lr_c[c] + knee, "lr_slice_sd", arrays["slice_has_lr"])
+    bend = effect(
+        "curvature_slice",
+        bend_level[gs] + p["curvature_n_active"] * d_nc[c] + p["curvature_tokens"] * d_d[c]
+        + p["curvature_batch"] * z,
+        "curvature_slice_sd", arrays["slice_has_curvature"],
+    )  # fmt: skip
+    skew_z = p["penalty_skew"] * z
+    penalty = p["penalty_scale"][gs] * np.exp(p["penalty_tokens"] * d_d[c])
+    floor = effect(
+        "floor", loss_c[c] + penalty * (np.exp(skew_z) - 1 - skew_z) / p["penalty_skew"] ** 2,
+        "loss_slice_sd", arrays["slice_has_floor"],
+    )  # fmt: skip
+    gr = gs[s]
+    x = np.exp(log_skew)[gr] * (arrays["run_log_lr"] - lr_opt[s])
+    excess = 2 * np.exp(bend)[s] * (np.exp(x) - 1 - x) / np.exp(log_skew)[gr] ** 2
+    sd = np.sqrt(
+        p["noise_sd"][gr] ** 2 + arrays["run_loss_se"] ** 2 + (p["noise_share"] * excess) ** 2
+    )
+    for i in np.flatnonzero(arrays["run_has_loss"]):
+        total += stats.t.logpdf(
+            arrays["run_loss"][i], 1 + p["noise_dof"], floor[s][i] + excess[i], sd[i]
+        )
+    edge = (lr_c[c] + p["edge_batch"] * knee + np.exp(log_edge)[gs])[s]
+    risk = 1 / (1 + np.exp(-(arrays["run_log_lr"] - edge) / p["edge_width"]))
+    for i in np.flatnonzero(arrays["run_has_end"]):
+        total += np.log(risk[i] if arrays["run_diverged"][i] else 1 - risk[i])
+    return float(total)
+
+
+def random_point(compiled: CompiledModel, rng: np.random.Generator) -> NDArray[np.float64]:
+    x = compiled.start + 0.2 * rng.normal(size=compiled.size)
+    x[compiled.index("loss_level")] += 3.0  # Above what parameters and tokens remove.
+    return np.asarray(x)
+
+
+def named(compiled: CompiledModel, x: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    return {
+        name: x[compiled.index(name)].reshape(shape)
+        for name, shape in zip(compiled.names, compiled.shapes, strict=True)
+    }
+
+
+@pytest.fixture(scope="module")
+def arrays() -> valley.Arrays:
+    return valley.model_data(build_design(two_families()))
+
+
+@pytest.fixture(scope="module")
+def compiled(arrays: valley.Arrays, card: Prior) -> CompiledModel:
+    configure_jax(2)
+    return compile_model(arrays, card, 2)
+
+
+def test_log_density_equals_an_independent_computation(
+    compiled: CompiledModel, arrays: valley.Arrays, card: Prior
+) -> None:
+    data = tuple(arrays.values())
+    for seed in range(3):
+        x = random_point(compiled, np.random.default_rng(seed))
+        expected = log_density(named(compiled, x), arrays, card)
+        assert float(compiled.log_density(x, data)) == pytest.approx(expected, rel=1e-9)
+    # The twin: one family's label swapped is another density.
+    wrong = {**arrays, "shape_family": 1 - arrays["shape_family"]}
+    assert log_density(named(compiled, x), wrong, card) != pytest.approx(expected, rel=1e-6)
+
+
+def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, card: Prior) -> None:
+    names = {name.removesuffix("_log__") for name in compiled.names}
+    assert set(card.parameters) - names == {"loss_irreducible", "diverged_loss"}
+
+
+def test_regressors_are_centred_on_the_data(arrays: valley.Arrays) -> None:
+    c = arrays["slice_cell"]
+    h = arrays["cell_shape"][c]
+    for values in (
+        arrays["shape_d_n_active"][h], arrays["shape_d_sparsity"][h], arrays["cell_d_tokens"][c]
+    ):  # fmt: skip
+        assert np.mean(values) == pytest.approx(0.0, abs=1e-12)
+
+
+def test_padding_adds_the_padded_effects_prior_and_nothing_else(
+    compiled: CompiledModel, arrays: valley.Arrays, card: Prior
+) -> None:
+    sizes = {"run": 64, "slice": 16, "cell": 8, "shape": 5, "family": 2}
+    padded_arrays = valley.model_data(build_design(two_families()), sizes)
+    padded = compile_model(padded_arrays, card, 2)
+    rng = np.random.default_rng(4)
+    x = random_point(compiled, rng)
+    wide, extra = rng.normal(size=padded.size), np.ones(padded.size, dtype=bool)
+    for name in compiled.names:
+        at = padded.index(name)[: len(compiled.index(name))]
+        wide[at], extra[at] = x[compiled.index(name)], False
+    assert extra.sum() > 0
+    difference = float(padded.log_density(wide, tuple(padded_arrays.values()))) - float(
+        compiled.log_density(x, tuple(arrays.values()))
+    )
+    assert difference == pytest.approx(float(stats.norm.logpdf(wide[extra]).sum()), rel=1e-9)
+
+
+LAYOUT = [
+    PlannedSlice(
+        family="f", n_active=n, n_total=8 * n, tokens=d, batch_tokens=b, num_lrs=5, annealed=a
+    )
+    for n in (3e7, 1e8) for d, a in ((2e9, True), (6e9, True), (1e9, False))
+    for b in (131_072.0, 524_288.0)
+]  # fmt: skip
+
+
+def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float64]:
+    """Gradients of the log density at the truth, (table, parameter), all effects centred."""
+    design, where = simulate._skeleton(LAYOUT)
+    rng = np.random.default_rng(11)
+    arrays = valley.model_data(design, {"run": sum(s.num_lrs for s in LAYOUT)})
+    compiled = compile_model(arrays, card, 1)
+    ones = {k: np.ones_like(v) for k, v in arrays.items() if "_has_" in k and k[:3] != "run"}
+    found = []
+    for _ in range(num_tables):
+        truth = simulate._draw(card, design, np.arange(design.num_slices), rng)
+        records = simulate._runs(card, LAYOUT, where, truth, rng)
+        lost = np.array([r["status"] == "diverged" for r in records])
+        loss = np.array([r["loss"] or 0.0 for r in records])
+        slice_of = np.repeat(where, [s.num_lrs for s in LAYOUT])
+        annealed = design.annealed[design.cell_of_slice[slice_of]]
+        data = {
+            **arrays, **ones,
+            "run_slice": slice_of,
+            "run_log_lr": np.log([r["lr"] for r in records]),
+            "run_loss": loss + disturbance * rng.normal(size=len(loss)),
+            "run_loss_se": np.zeros(len(loss)),
+            "run_has_loss": (~lost).astype(float),
+            "run_has_end": annealed.astype(float),
+            "run_diverged": lost.astype(float),
+        }  # fmt: skip
+        centred = {
+            "family_slope": truth["family_slope"], "best_batch": truth["best_batch"],
+            "lr_shape": truth["lr_shape"] + _lr_law(truth, arrays),
+            "loss_shape": truth["loss_shape"] + _loss_law(truth, arrays),
+            "lr_cell": truth["lr_cell"], "loss_cell": truth["loss_cell"],
+            "lr_opt": truth["lr_opt"], "curvature_slice": truth["log_curvature"],
+            "floor": truth["floor"],
+        }  # fmt: skip
+        x = np.empty(compiled.size)
+        for name in compiled.names:
+            if name.endswith("_raw"):
+                value = centred[name.removesuffix("_raw")]
+            elif name.endswith("_log__"):
+                value = np.log(truth[name.removesuffix("_log__")])
+            else:
+                value = truth[name]
+            x[compiled.index(name)] = np.ravel(value)
+        found.append(-np.asarray(compiled.value_and_grad(x, tuple(data.values()))[1]))
+    return np.array(found)
+
+
+def _lr_law(truth: Point, arrays: valley.Arrays) -> NDArray[np.float64]:
+    slope = truth["family_slope"][0]
+    return np.asarray(
+        truth["lr_level"][0] + slope[0] * arrays["shape_d_n_active"]
+        + slope[1] * arrays["shape_d_sparsity"]
+    )  # fmt: skip
+
+
+def _loss_law(truth: Point, arrays: valley.Arrays) -> NDArray[np.float64]:
+    exponent = truth["loss_exponent_n_active"][0]
+    return np.asarray(
+        truth["loss_level"][0]
+        + truth["loss_n_active"][0] * np.expm1(-exponent * arrays["shape_d_n_active"])
+    )
+
+
+def largest_z(gradients: NDArray[np.float64]) -> float:
+    """Largest mean score in standard errors: near zero where simulator and density agree."""
+    mean, sd = gradients.mean(axis=0), gradients.std(axis=0, ddof=1)
+    return float(np.max(np.abs(mean) / (sd / np.sqrt(len(gradients)))))
+
+
+def test_the_simulator_draws_from_the_model(card: Prior) -> None:
+    """The expected score at the truth is zero, whatever the parameter, if both are one model."""
+    configure_jax(2)
+    # About 130 scores, each t with 199 degrees of freedom: one beyond 4.8 in 1 of 2,000 seeds.
+    assert largest_z(scores(card, 200, 0.0)) < 4.8
+    # The twin: losses with noise that the model knows nothing of.
+    assert largest_z(scores(card, 60, 0.01)) > 4.8
+
+
+def test_the_simulator_repeats_with_its_seed_and_leaves_the_global_generator(card: Prior) -> None:
+    before = np.random.get_state()[1].copy()  # noqa: NPY002
+    first, again = (
+        simulate.simulate(card, LAYOUT[:2], np.random.default_rng(5)).runs.data_hash
+        for _ in range(2)
+    )
+    other = simulate.simulate(card, LAYOUT[:2], np.random.default_rng(6)).runs.data_hash
+    assert first == again != other
+    assert (np.random.get_state()[1] == before).all()  # noqa: NPY002
