@@ -12,6 +12,7 @@ import typer
 from bayeslr.cli.data import check, import_app
 from bayeslr.cli.model import calibrate, fit, plan, predict, report
 from bayeslr.cli.priors import priors_app
+from bayeslr.cli.replay import replay
 from bayeslr.cli.sweeps import quickstart, status, sweep, worker
 from bayeslr.errors import BayeslrError
 
@@ -34,6 +35,7 @@ app.command()(worker)
 app.command()(status)
 app.command()(report)
 app.command()(calibrate)
+app.command()(replay)
 app.add_typer(priors_app, name="priors")
 
 
