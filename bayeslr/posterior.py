@@ -315,7 +315,12 @@ def save(posterior: Posterior, path: str | Path) -> None:
         old = path.with_name(f".{path.name}-old-{os.getpid()}")
         if path.exists():
             path.rename(old)
-        folder.rename(path)
+        try:
+            folder.rename(path)
+        except OSError:
+            if old.exists():
+                old.rename(path)
+            raise
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise StorageError(
@@ -343,17 +348,19 @@ def load(path: str | Path) -> Posterior:
             draws = dataset.load()
         prior = _prior_from(info.pop("prior"))
         runs = read_runs(path / RUNS_FILE) if (path / RUNS_FILE).is_file() else None
+        if info["method"] != "prior" and runs is None:
+            raise StorageError(
+                f"{path} is damaged: {RUNS_FILE} is missing; fit again from the runs"
+            )
         if runs is not None and runs.data_hash != info["data_hash"]:
             raise StorageError(f"{path}: {RUNS_FILE} is not the table that was fitted; fit again")
-    except BayeslrError:
+        design = build_design(runs) if runs is not None else None
+    except StorageError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (BayeslrError, OSError, ValueError, KeyError, TypeError) as error:
         raise StorageError(
             f"{path} is damaged ({type(error).__name__}: {error}); fit again from the runs"
         ) from error
-    if info["method"] != "prior" and runs is None:
-        raise StorageError(f"{path} is damaged: {RUNS_FILE} is missing; fit again from the runs")
-    design = build_design(runs) if runs is not None else None
     return Posterior(draws=draws, prior=prior, info=info, design=design, runs=runs)
 
 
