@@ -308,7 +308,10 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
                 + draws["curvature_slice_sd"] * effects.normal(("curvature", g, where))
             )  # fmt: skip
             penalty = of_family("penalty_scale", g) * np.exp(draws["penalty_tokens"] * d_d)
-            out["floor"][:, t] = loss_cell + penalty * laws.linex(z, draws["penalty_skew"])
+            out["floor"][:, t] = (
+                loss_cell + penalty * laws.linex(z, draws["penalty_skew"])
+                + draws["loss_slice_sd"] * effects.normal(("floor", g, where))
+            )  # fmt: skip
         out["skew"][:, t] = np.exp(of_family("log_skew", g))
         out["log_edge"][:, t] = (
             lr_cell + draws["edge_batch"] * knee + np.exp(of_family("log_edge_offset", g))

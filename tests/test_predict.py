@@ -1,0 +1,268 @@
+"""Predictions: quantiles, distance, levels, the recommended LR, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from bayeslr.errors import DataError, SpecError
+from bayeslr.models import valley
+from bayeslr.posterior import Posterior
+from bayeslr.predict import (
+    QUANTILE_COLUMNS,
+    predict,
+    prior_posterior,
+    read_targets,
+    recommended_log_lr,
+    regret,
+    regret_draws,
+    target_draws,
+)
+from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target
+
+KNOWN = {
+    "n_active": SIZES[1], "n_total": SPARSITY * SIZES[1], "tokens": TOKENS[1],
+    "batch_tokens": BATCHES[1],
+}  # fmt: skip
+
+
+def ladder() -> list[float]:
+    return [1.0, 3.0, 10.0, 30.0, 100.0, 1000.0]
+
+
+def test_quantiles_are_ordered_and_columns_complete(posterior: Posterior) -> None:
+    table = predict(posterior, [target(f"t{x}", tokens=8e9 * x) for x in ladder()])
+    quantiles = table[list(QUANTILE_COLUMNS)].to_numpy()
+    assert (np.diff(quantiles, axis=1) > 0).all()
+    assert ((table["lr"] > table["lr_q05"]) & (table["lr"] < table["lr_q95"])).all()
+    assert (table["regret_mean"] > 0).all()
+    assert (table["regret_q95"] >= table["regret_mean"]).all()
+    assert table["p_diverge"].between(0, 1).all()
+    assert (table["extra_tokens"] > 0).all()
+    assert table["target_id"].tolist() == [f"t{x}" for x in ladder()]
+
+
+def test_intervals_widen_with_the_distance_from_the_data(posterior: Posterior) -> None:
+    table = predict(posterior, [
+        target(f"t{x}", tokens=8e9 * x, n_active=1.2e8 * x, n_total=9.6e8 * x,
+               batch_tokens=524_288.0 * math.sqrt(x))
+        for x in ladder()
+    ])  # fmt: skip
+    width = np.log(table["lr_q95"] / table["lr_q05"]).to_numpy()
+    # Each step widens by far more than the 3 % that 400 draws leave open.
+    assert (np.diff(width) > 0).all()
+    assert (np.diff(table["extrapolation"]) > 0).all()
+    assert (np.diff(table["regret_mean"]) > 0).all()
+
+
+def test_a_known_slice_uses_its_own_effects(posterior: Posterior) -> None:
+    design = posterior.design
+    assert design is not None
+    at = target_draws(posterior, [target(**KNOWN), target(**{**KNOWN, "batch_tokens": 3e5})])
+    x = design.slice_features()
+    (s,) = np.flatnonzero(
+        np.isclose(x["log_n_active"], math.log(SIZES[1]))
+        & np.isclose(x["log_tokens"], math.log(TOKENS[1]))
+        & np.isclose(x["log_batch"], math.log(BATCHES[1]))
+    )
+    kept = posterior.flat("lr_opt")[:, s]
+    np.testing.assert_array_equal(np.sort(at.log_lr[:, 0]), np.sort(kept)[: len(at.log_lr)])
+    np.testing.assert_array_equal(at.floor[:, 0], posterior.flat("floor")[:, s])
+    # The twin: another batch is a new slice, with a new effect.
+    assert at.log_lr[:, 1].std() > at.log_lr[:, 0].std()
+    assert predict(posterior, [target(**KNOWN)])["extrapolation"].iloc[0] == 0
+
+
+def test_a_new_slice_draws_the_floor_that_is_its_own(posterior: Posterior) -> None:
+    """A new slice's loss is as uncertain as the model says: acquisition leans on it."""
+    design = posterior.design
+    assert design is not None
+    at = target_draws(posterior, [target(**{**KNOWN, "batch_tokens": 262_144.0})])
+    draws = {str(n): posterior.flat(str(n)) for n in posterior.draws.data_vars}
+    c = int(
+        np.flatnonzero(
+            np.isclose(design.log_tokens, math.log(TOKENS[1]))
+            & np.isclose(design.log_n_active[design.shape_of_cell], math.log(SIZES[1]))
+        )[0]
+    )
+    z = math.log(262_144.0) - draws["best_batch"][:, c]
+    d_d = math.log(TOKENS[1]) - posterior.info["centre"]["log_tokens"]
+    skew = draws["penalty_skew"]
+    bowl = (np.expm1(skew * z) - skew * z) / skew**2
+    law = draws["loss_cell"][:, c] + draws["penalty_scale"][:, 0] * bowl * np.exp(
+        draws["penalty_tokens"] * d_d
+    )
+    share = np.std((at.floor[:, 0] - law) / draws["loss_slice_sd"])
+    # One standard normal a draw, at least 400: 5 standard errors, fails 1 in 1.7 million seeds.
+    assert share == pytest.approx(1.0, abs=5 / math.sqrt(2 * len(law)))
+
+
+def test_equal_targets_and_repeated_calls_agree(posterior: Posterior) -> None:
+    first = target_draws(posterior, [target("a"), target("b")]).log_lr
+    again = target_draws(posterior, [target("b")]).log_lr
+    np.testing.assert_array_equal(first[:, 0], first[:, 1])
+    np.testing.assert_array_equal(first[:, 0], again[:, 0])
+
+
+def test_an_unseen_family_is_predicted_at_population_level(posterior: Posterior) -> None:
+    table = predict(
+        posterior, [target("a"), target("b", family="unseen"), target("c", family=None)]
+    )
+    assert table["level"].tolist() == ["family", "population", "family"]
+    width = np.log(table["lr_q95"] / table["lr_q05"])
+    assert width[1] > width[0]
+    assert "population level" in table["sentence"].iloc[1]
+    assert "population level" not in table["sentence"].iloc[0]
+    assert math.isnan(table["loss_q50"].iloc[1])
+    assert math.isfinite(table["loss_q50"].iloc[0])
+
+
+def test_another_parameter_convention_is_refused(posterior: Posterior) -> None:
+    with pytest.raises(DataError, match=r"counts total parameters, the fitted runs non_embedding"):
+        predict(posterior, [target(param_convention="total")])
+
+
+def test_no_target_is_refused(posterior: Posterior) -> None:
+    with pytest.raises(DataError, match="no target to predict"):
+        predict(posterior, [])
+
+
+@pytest.mark.parametrize("growth", [1.0, 30.0])
+def test_the_recommended_lr_has_the_least_expected_regret(
+    posterior: Posterior, growth: float
+) -> None:
+    planned = [target(tokens=8e9 * growth, n_active=1.2e8 * growth, n_total=9.6e8 * growth)]
+    at = target_draws(posterior, planned)
+    best = recommended_log_lr(at)
+    grid = np.linspace(*np.quantile(at.log_lr[:, 0], [0.001, 0.999]), 1500)
+    cost = np.array([regret_draws(at, np.array([x])).mean() for x in grid])
+    chosen = float(regret_draws(at, best).mean())
+    assert chosen <= cost.min() * (1 + 1e-3) + 1e-7
+    # The twin: the median of LR* costs more, because the high side is steeper.
+    assert float(regret_draws(at, np.median(at.log_lr, axis=0)).mean()) >= chosen
+
+
+def test_regret_is_zero_at_the_optimum_and_grows_away(posterior: Posterior) -> None:
+    at = target_draws(posterior, [target()])
+    safe = dataclasses.replace(at, log_edge=np.full_like(at.log_edge, np.inf))
+    at_optimum = regret_draws(dataclasses.replace(safe, log_lr=np.zeros_like(at.log_lr)),
+                              np.zeros(1))  # fmt: skip
+    np.testing.assert_allclose(at_optimum, 0, atol=1e-12)
+    row = predict(posterior, [target()]).iloc[0]
+    mean = [regret(posterior, [target()], row["lr"] * f).mean() for f in (0.25, 0.5, 1, 2, 4)]
+    assert min(mean) == mean[2]
+    assert mean[0] > mean[1]
+    assert mean[4] > mean[3]
+
+
+def test_regret_takes_one_lr_or_one_a_target(posterior: Posterior) -> None:
+    targets = [target("a"), target("b", tokens=1e10)]
+    both = regret(posterior, targets, [1e-3, 2e-3])
+    assert both.shape[1] == 2
+    np.testing.assert_array_equal(both[:, 0], regret(posterior, targets, 1e-3)[:, 0])
+    for wrong in (0.0, -1e-3, math.nan):
+        with pytest.raises(SpecError, match=r"lr must be > 0 and finite.*not its log"):
+            regret(posterior, targets, wrong)
+
+
+def test_a_target_below_the_data_says_so(posterior: Posterior) -> None:
+    table = predict(posterior, [
+        target("below", n_active=3e6, n_total=2.4e7, tokens=1e8, batch_tokens=131_072.0),
+        target("above"),
+    ])  # fmt: skip
+    assert "below them in size and tokens" in table["sentence"].iloc[0]
+    assert "below them" not in table["sentence"].iloc[1]
+    assert (table["extrapolation"] > 0).all()
+
+
+def test_the_sentence_can_be_quoted(posterior: Posterior) -> None:
+    row = predict(posterior, [target()]).iloc[0]
+    for part in ("600M active of 4.8B", "48B tokens", f"{row['lr']:.2e}", "90 % probability",
+                 "nats", "more tokens", "divergence"):  # fmt: skip
+        assert part in row["sentence"]
+
+
+def test_the_prior_alone_says_that_no_run_was_used() -> None:
+    row = predict(prior_posterior("moe-default", num_draws=500), [target()]).iloc[0]
+    assert math.isinf(row["extrapolation"])
+    assert "no run of yours" in row["sentence"]
+
+
+def test_two_thousand_targets_are_predicted_at_once(posterior: Posterior) -> None:
+    rng = np.random.default_rng(1)
+    many = [target(f"t{i}", tokens=10 ** rng.uniform(9, 12), n_active=10 ** rng.uniform(7, 9.6))
+            for i in range(2000)]  # fmt: skip
+    started = time.process_time()
+    table = predict(posterior, many)
+    seconds = time.process_time() - started
+    assert len(table) == 2000
+    assert table["target_id"].tolist() == [t.target_id for t in many]
+    # 2 s of one core here; a loop over targets and draws would take minutes.
+    assert seconds < 20
+    alone = predict(posterior, many[:1]).iloc[0]
+    assert table["lr_q50"].iloc[0] == pytest.approx(alone["lr_q50"], rel=0.05)
+
+
+def test_effects_of_the_prior_are_those_of_the_card(card: object) -> None:
+    """Population draws at the reference have the card's total sd of ln LR*."""
+    posterior = prior_posterior("moe-default", num_draws=4000)
+    prior = posterior.prior
+    planned = target(
+        family=None, batch_tokens=math.exp(prior["best_batch_intercept"].location),
+        **prior.reference,
+    )  # fmt: skip
+    log_lr = target_draws(posterior, [planned], max_draws=4000).log_lr[:, 0]
+    draws = {str(n): posterior.flat(str(n)) for n in posterior.draws.data_vars}
+    parts = [
+        np.mean(draws[f"lr_{level}_sd"] ** 2) for level in ("family", "shape", "cell", "slice")
+    ]
+    least = math.sqrt(prior["lr_intercept"].scale ** 2 + sum(parts))
+    assert least * 0.95 < log_lr.std() < least * 1.35
+    assert valley.KNEE_SHARPNESS > 0
+
+
+def targets_csv(folder: Path, text: str) -> Path:
+    path = folder / "targets.csv"
+    path.write_text("target_id,n_active,n_total,tokens,batch_tokens,family,seq_len\n" + text)
+    return path
+
+
+def test_targets_are_read(tmp_path: Path) -> None:
+    path = targets_csv(tmp_path, "a,1e9,8e9,1e11,1e6,made-up,4096\nb,1e9,8e9,1e11,1e6,,\n")
+    first, second = read_targets(path)
+    assert (first.target_id, first.family, first.seq_len) == ("a", "made-up", 4096)
+    assert (second.family, second.seq_len) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a,1e9,8e9,1e11,1e6,x,1\na,1e9,8e9,1e11,1e6,x,1\n", r"target_id 'a' stands twice"),
+        ("a,big,8e9,1e11,1e6,x,1\n", r"line 2: n_active is no number: 'big'"),
+        ("a,1e9,8e8,1e11,1e6,x,1\n", r"line 2: .*n_active .* must not exceed n_total"),
+        ("a,1e9,8e9,1e11,-1,x,1\n", r"line 2: batch_tokens must be finite and > 0"),
+        ("a,1e9,8e9,1e6,1e7,x,1\n", r"line 2: .*batch_tokens .* must not exceed tokens"),
+    ],
+)
+def test_broken_targets_are_told_with_their_line(tmp_path: Path, text: str, told: str) -> None:
+    with pytest.raises(DataError, match=told):
+        read_targets(targets_csv(tmp_path, text))
+
+
+def test_targets_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="does not exist"):
+        read_targets(tmp_path / "none.csv")
+    (tmp_path / "some.csv").write_text("target_id,n_active\na,1\n")
+    with pytest.raises(DataError, match=r"column 'n_total' is missing; needed: target_id"):
+        read_targets(tmp_path / "some.csv")
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_targets(tmp_path / "empty.csv")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(DataError, match="cannot be read"):
+        read_targets(tmp_path / "bad.parquet")
