@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,11 +31,16 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.int64]
 
 _MAX_DRAWS = 600
 
 # A loss this far above the floor says "far too high" or "diverged", and no more than that.
 _MAX_EXCESS = 0.3
+
+# Runs of one slice bought together lie at its expected optimum and so many standard deviations to
+# each side of it; at least about a third of an octave, below which seed noise hides the slope.
+_REACHES, _LEAST_SD = (0.75, 1.5), 0.35
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -74,6 +80,33 @@ class Plan:
     stop_reason: str
 
 
+class _Options:
+    """What can be bought at one step: single runs, and a few runs of one slice together.
+
+    One loss of a new slice says next to nothing, for its floor is as unknown as its optimum; two or
+    three show the valley's slope. A greedy choice of single runs would never find that out.
+    ``members`` lists the candidates of each option, singles first.
+    """
+
+    def __init__(self, log_lr: FloatArray, slice_of: Sequence[int], mean: FloatArray,
+                 sd: FloatArray) -> None:  # fmt: skip
+        self.members: list[tuple[int, ...]] = [(i,) for i in range(len(log_lr))]
+        by_slice: dict[int, list[int]] = {}
+        for i, number in enumerate(slice_of):
+            by_slice.setdefault(number, []).append(i)
+        for number, mine in by_slice.items():
+            if len(mine) < 2:
+                continue
+            at, found = log_lr[mine], set()
+            for reach in _REACHES:
+                half = reach * max(float(sd[number]), _LEAST_SD)
+                for pattern in ((-1.0, 1.0), (-1.0, 0.0, 1.0)):
+                    wanted = float(mean[number]) + half * np.array(pattern)
+                    near = np.argmin(np.abs(at[:, None] - wanted), axis=0)
+                    found.add(tuple(sorted({mine[int(j)] for j in near})))
+            self.members += [group for group in sorted(found) if len(group) > 1]
+
+
 class _Beliefs:
     """Joint draws of the candidates' losses and the targets' ln LR*, updated run by run."""
 
@@ -97,32 +130,47 @@ class _Beliefs:
                 mine.append(cells[key])
             cell_of.append(mine)
         at = target_draws(posterior, [*targets, *extra], max_draws=_MAX_DRAWS)
-        self.num_targets = len(targets)
+        if not (np.isfinite(at.log_lr).all() and np.isfinite(at.floor).all()):
+            raise UntrustworthyFit(
+                "the posterior holds draws that are no numbers, so no run can be chosen by it; "
+                "fit again with more draws"
+            )
         self.at = at
         self.goal = at.log_lr[:, : len(targets)].copy()
         curvature = np.exp(at.log_curvature[:, : len(targets)]).mean(axis=0)
         self.weight = weights * curvature
-        # Observations: every decay branch of every candidate.
-        num_obs = max(len(mine) for mine in cell_of)
-        self.valid = np.zeros((len(candidates), num_obs), dtype=bool)
-        column = np.zeros((len(candidates), num_obs), dtype=np.int64)
-        for i, mine in enumerate(cell_of):
-            self.valid[i, : len(mine)] = True
-            column[i, : len(mine)] = np.asarray(mine) + len(targets)
+        # Observations: every decay branch of every candidate, candidate by candidate.
+        num_branches = np.array([len(mine) for mine in cell_of])
+        first = np.concatenate([[0], np.cumsum(num_branches)])
+        column = np.concatenate([np.asarray(mine) for mine in cell_of]) + len(targets)
         log_lr = np.log([candidate.spec.lr for candidate in candidates])
-        u = log_lr[None, :, None] - at.log_lr[:, column]
+        tried = np.repeat(log_lr, num_branches)
+        u = tried - at.log_lr[:, column]
         excess = laws.valley_excess(u, np.exp(at.log_curvature[:, column]), at.skew[:, column])
-        logit = (log_lr[None, :, None] - at.log_edge[:, column]) / at.edge_width[:, :, None]
+        logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = 1.0 / (1.0 + np.exp(-np.clip(logit, -500, 500)))
-        self.p_diverge = lost.mean(axis=0)[:, 0]
+        self.p_diverge = lost.mean(axis=0)[first[:-1]]
         rng = np.random.default_rng([seed, 20_260_106])
         finished = np.minimum(excess, _MAX_EXCESS)
         diverged = rng.random(size=lost.shape) < lost
         self.loss = at.floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
         noise = _noise(posterior, len(self.loss))
         self.noise_variance = np.mean(
-            noise[0][:, None, None] ** 2 + (noise[1][:, None, None] * finished) ** 2, axis=0
+            noise[0][:, None] ** 2 + (noise[1][:, None] * finished) ** 2, axis=0
         )
+        self.observations = [list(range(a, b)) for a, b in pairwise(first)]
+        options = _Options(
+            log_lr, [mine[-1] for mine in cell_of], at.log_lr[:, len(targets) :].mean(axis=0),
+            at.log_lr[:, len(targets) :].std(axis=0),
+        )  # fmt: skip
+        self.members = options.members
+        # Options with as many observations are worked out together.
+        self._groups: list[tuple[IntArray, IntArray]] = []
+        seen = [[o for i in group for o in self.observations[i]] for group in self.members]
+        sizes = np.array([len(mine) for mine in seen])
+        for size in np.unique(sizes):
+            which = np.flatnonzero(sizes == size)
+            self._groups.append((which, np.array([seen[i] for i in which])))
         self._center()
 
     def _center(self) -> None:
@@ -134,33 +182,43 @@ class _Beliefs:
         return float(self.weight @ self.goal.var(axis=0))
 
     def gains(self) -> FloatArray:
-        """Expected fall of the weighted regret by candidate, nats, (candidate,)."""
+        """Expected fall of the weighted regret by option, nats, (option,)."""
         draws = len(self.goal)
-        covariance = np.einsum("dt,dco->cot", self.goal, self.loss) / draws
-        spread = np.einsum("dco,dcp->cop", self.loss, self.loss) / draws
-        eye = np.eye(spread.shape[1])
-        spread = spread + self.noise_variance[:, :, None] * eye
-        outer = self.valid[:, :, None] & self.valid[:, None, :]
-        spread = np.where(outer, spread, eye)
-        covariance = np.where(self.valid[:, :, None], covariance, 0.0)
-        solved = np.linalg.solve(spread, covariance)
-        explained = np.einsum("cot,cot->ct", covariance, solved)
-        # With few draws a correlation is never exactly zero: what noise alone would explain is
-        # taken off, so that useless runs gain nothing.
-        chance = self.valid.sum(axis=1)[:, None] / draws * self.goal.var(axis=0)
-        return np.asarray(np.maximum(explained - chance, 0.0) @ self.weight)
+        covariance = self.loss.T @ self.goal / draws
+        variance = np.einsum("do,do->o", self.loss, self.loss) / draws + self.noise_variance
+        of_goal = self.goal.var(axis=0)
+        gains = np.zeros(len(self.members))
+        for which, observed in self._groups:
+            size = observed.shape[1]
+            joint = covariance[observed]
+            if size == 1:
+                explained = joint[:, 0] ** 2 / variance[observed]
+            else:
+                spread = np.empty((len(which), size, size))
+                for a in range(size):
+                    spread[:, a, a] = variance[observed[:, a]]
+                    for b in range(a):
+                        product = np.einsum(
+                            "do,do->o", self.loss[:, observed[:, a]], self.loss[:, observed[:, b]]
+                        )
+                        spread[:, a, b] = spread[:, b, a] = product / draws
+                explained = np.einsum("oat,oat->ot", joint, np.linalg.solve(spread, joint))
+            # With few draws a correlation is never exactly zero: what noise alone would explain is
+            # taken off, so that useless runs gain nothing.
+            chance = size / draws * of_goal
+            gains[which] = np.maximum(explained - chance, 0.0) @ self.weight
+        return gains
 
-    def observe(self, chosen: int) -> None:
+    def observe(self, candidate: int) -> None:
         """Condition all draws on a candidate having been run."""
-        rng = np.random.default_rng(chosen)
-        for o in np.flatnonzero(self.valid[chosen]):
-            variance = self.noise_variance[chosen, o]
-            seen = self.loss[:, chosen, o] + math.sqrt(variance) * rng.normal(size=len(self.goal))
+        rng = np.random.default_rng(candidate)
+        for o in self.observations[candidate]:
+            sd = math.sqrt(self.noise_variance[o])
+            seen = self.loss[:, o] + sd * rng.normal(size=len(self.goal))
             seen = seen - seen.mean()
             total = float(seen @ seen)
             self.goal -= np.outer(seen, seen @ self.goal / total)
-            share = np.einsum("d,dco->co", seen, self.loss) / total
-            self.loss -= seen[:, None, None] * share
+            self.loss -= np.outer(seen, seen @ self.loss / total)
         self._center()
 
 
@@ -207,52 +265,55 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                     stop_reason="every run of the space has been made")  # fmt: skip
     beliefs = _Beliefs(posterior, candidates, targets, share, seed)
     flops = np.array([candidate.flops for candidate in candidates])
-    open_ = np.ones(len(candidates), dtype=bool)
+    members = beliefs.members
+    cost = np.array([math.fsum(flops[list(group)]) for group in members])
+    open_ = np.ones(len(members), dtype=bool)
+    options_of: dict[int, list[int]] = {}
+    for option, group in enumerate(members):
+        for i in group:
+            options_of.setdefault(i, []).append(option)
     regret_now = beliefs.regret()
-    if not math.isfinite(regret_now):
-        raise UntrustworthyFit(
-            "the posterior holds draws that are no numbers, so no run can be chosen by it; "
-            "fit again with more draws"
-        )
     left = budget_flops
     proposals: list[Proposal] = []
     stop_reason = f"{num_runs} runs were asked for"
     while len(proposals) < num_runs:
-        gains = np.where(open_ & (flops <= left), beliefs.gains(), 0.0)
-        per_flop = gains / flops
-        best = int(np.argmax(per_flop))
+        possible = open_ & (cost <= left)
+        gains = np.where(possible, beliefs.gains(), 0.0)
+        best = int(np.argmax(gains / cost))
         if gains[best] <= 0:
-            affordable = bool((open_ & (flops <= left)).any())
             stop_reason = (
-                "no run that is left would tell anything about the targets" if affordable
+                "no run that is left would tell anything about the targets" if possible.any()
                 else f"no run fits into the {format_quantity(left)} FLOPs that are left"
             )  # fmt: skip
             break
         saves_flops = _worth(beliefs.at, targets, float(gains[best]))
-        if only_paying and saves_flops < flops[best]:
+        if only_paying and saves_flops < cost[best]:
             stop_reason = (
                 f"the best run left would save an expected {format_quantity(saves_flops)} FLOPs "
-                f"at the targets and costs {format_quantity(flops[best])}"
+                f"at the targets and costs {format_quantity(cost[best])}"
             )
             break
-        spec = candidates[best].spec
-        proposals.append(
-            Proposal(
-                spec=spec,
-                flops=float(flops[best]),
-                saves_nats=float(gains[best]),
-                saves_flops=saves_flops,
-                p_diverge=float(beliefs.p_diverge[best]),
-                reason=(
-                    f"lowers the expected regret at the targets by {gains[best]:.2g} nats, worth "
-                    f"{format_quantity(saves_flops)} FLOPs there, for "
-                    f"{format_quantity(flops[best])}"
-                ),
+        group = members[best]
+        together = f"; {len(group)} LRs of one slice together" if len(group) > 1 else ""
+        # What is cut off here is proposed again by the next choice, if it still pays.
+        for i in group[: num_runs - len(proposals)]:
+            proposals.append(
+                Proposal(
+                    spec=candidates[i].spec,
+                    flops=float(flops[i]),
+                    saves_nats=float(gains[best]) / len(group),
+                    saves_flops=saves_flops / len(group),
+                    p_diverge=float(beliefs.p_diverge[i]),
+                    reason=(
+                        f"lowers the expected regret at the targets by {gains[best]:.2g} nats, "
+                        f"worth {format_quantity(saves_flops)} FLOPs there, for "
+                        f"{format_quantity(cost[best])}{together}"
+                    ),
+                )
             )
-        )
-        beliefs.observe(best)
-        left -= float(flops[best])
-        open_[best] = False
+            beliefs.observe(i)
+            left -= float(flops[i])
+            open_[options_of[i]] = False
     return Plan(
         proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
         stop_reason=stop_reason,

@@ -41,6 +41,8 @@ from bayeslr.specs import Target
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bayeslr.posterior import Posterior
+
     FloatArray = NDArray[np.float64]
 
 # Scoring: the optimum is the bottom of a cubic in ln LR through the runs within a factor of 4.1 of
@@ -53,6 +55,9 @@ _OUTSIDE = 0.027
 
 # The classical design: LRs a slice (C_eta); the LRs of a factor of two to each side of the best.
 _CLASSICAL_LRS = 5
+
+# Draws a chain: of the refits that choose, and of the answer.
+_LOOP_DRAWS, _FINAL_DRAWS = 150, 300
 
 # A run far above the floor says "far too high", and no more than that (nats).
 _MAX_EXCESS = 0.3
@@ -174,14 +179,19 @@ def score(truth: pd.DataFrame, predictions: pd.DataFrame) -> Score:
 # ------------------------------------------------------------------------------- strategies
 
 
-def _predictions(campaign: Campaign) -> pd.DataFrame:
-    """What our model says of the runs bought; where all of them diverged, the prior card alone."""
+def _posterior(campaign: Campaign, *, num_draws: int) -> Posterior:
+    """Our model given the runs bought; where all of them diverged, the prior card alone."""
     runs = campaign.runs()
     if (runs.frame["status"] == "ok").any():
-        posterior = sampling.fit(runs, campaign.prior, seed=campaign.seed, fast=True)
-    else:
-        posterior = predict.prior_posterior(campaign.prior, seed=campaign.seed)
-    return predict.predict(posterior, campaign.targets)
+        return sampling.fit(
+            runs, campaign.prior, seed=campaign.seed, fast=True, num_draws=num_draws
+        )
+    return predict.prior_posterior(campaign.prior, seed=campaign.seed)
+
+
+def _predictions(campaign: Campaign) -> pd.DataFrame:
+    """What our model says of the targets, given the runs bought."""
+    return predict.predict(_posterior(campaign, num_draws=_FINAL_DRAWS), campaign.targets)
 
 
 def bayeslr(campaign: Campaign) -> pd.DataFrame:
@@ -192,16 +202,12 @@ def bayeslr(campaign: Campaign) -> pd.DataFrame:
     """
     pool = campaign.pool
     num_affordable = campaign.left_flops / pool.flops.min()
-    rounds = int(np.clip(round(math.log2(max(num_affordable, 1.0)) - 1), 1, 4))
+    rounds = int(np.clip(round(math.log2(max(num_affordable, 1.0)) - 2), 1, 4))
     for number in range(rounds, 0, -1):
         candidates = campaign.affordable()
         if len(candidates) == 0:
             break
-        runs = campaign.runs()
-        if (runs.frame["status"] == "ok").any():
-            posterior = sampling.fit(runs, campaign.prior, seed=campaign.seed, fast=True)
-        else:
-            posterior = predict.prior_posterior(campaign.prior, seed=campaign.seed)
+        posterior = _posterior(campaign, num_draws=_LOOP_DRAWS)
         share = max(campaign.left_flops / number, START_LRS * float(pool.flops.min()))
         plan = acquire.choose(
             posterior,
