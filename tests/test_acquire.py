@@ -1,0 +1,203 @@
+"""Choosing runs: informative before useless, within the budget, never twice, and when to stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bayeslr.acquire import Candidate, Proposal, _Beliefs, choose, plan, propose
+from bayeslr.posterior import Posterior
+from bayeslr.predict import prior_posterior
+from bayeslr.specs import RunSpec, Target, parse_recipe
+from tests.fakes import toy_recipe
+from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target, true_log_lr
+
+
+def candidate(run_id: str, n: float = 5e8, d: float = 1.6e10, b: float = 524_288.0,
+              u: float = 0.0, flops: float = 1e15, **more: Any) -> Candidate:  # fmt: skip
+    """A run at ``u`` in ln LR over the true optimum of its slice."""
+    spec = RunSpec(
+        run_id=run_id, family="made-up", runner="table", lr=math.exp(true_log_lr(n, d, b) + u),
+        tokens=int(d), batch_tokens=int(b), n_active=int(n), n_total=int(SPARSITY * n),
+        seq_len=1024, **more,
+    )  # fmt: skip
+    return Candidate(spec=spec, flops=flops)
+
+
+def known(run_id: str, u: float = 0.0, **more: Any) -> Candidate:
+    """A run in a slice that was measured."""
+    return candidate(run_id, n=SIZES[0], d=TOKENS[0], b=BATCHES[0], u=u, **more)
+
+
+# A thousand times the compute of the largest made-up run and more: many proxies pay there.
+GOAL = [target(n_active=6e9, n_total=4.8e10, tokens=1.2e12, batch_tokens=4_194_304.0)]
+
+
+def ids(proposals: list[Proposal] | tuple[Proposal, ...]) -> list[str]:
+    return [p.spec.run_id for p in proposals]
+
+
+def pool() -> list[Candidate]:
+    return [
+        candidate(f"n{n:g}-u{u}", n=n, u=u, flops=6 * n * 1.6e10)
+        for n in (5e7, 2e8, 5e8) for u in (-1.4, -0.7, 0.0, 0.7, 1.4)
+    ]  # fmt: skip
+
+
+def test_runs_that_bracket_a_new_optimum_are_worth_more_than_a_known_slice_again(
+    posterior: Posterior,
+) -> None:
+    """Both branches of a run at a new size, on either side of the optimum expected there."""
+    runs = [known("again"), known("again, side", u=-0.7), candidate("new, above", u=1.2)]
+    found = choose(posterior, runs, GOAL, num_runs=1, budget_flops=1e20, seed=1)
+    assert ids(found.proposals) == ["new, above"]
+
+
+def test_a_second_run_of_a_slice_goes_to_the_side_and_not_to_the_same_lr(
+    posterior: Posterior,
+) -> None:
+    """Two losses of one slice tell its LR* if their LRs differ, and nothing if they do not."""
+    runs = [candidate("again", u=0.0), candidate("side", u=-1.4)]
+    beliefs = _Beliefs(posterior, [candidate("first"), *runs], GOAL, np.ones(1), seed=1)
+    before = beliefs.regret()
+    beliefs.observe(0)
+    _, again, side = beliefs.gains()
+    # The share of the regret that each explains; 400 draws leave 3 % of it to chance.
+    assert side > 0.1 * before
+    assert again < 0.03 * before
+    beliefs.observe(2)
+    assert beliefs.regret() < 0.97 * before
+
+
+def test_a_family_that_the_target_does_not_share_tells_less(posterior: Posterior) -> None:
+    pair = [candidate("a"), candidate("b", u=-1.4)]
+    other = [
+        Candidate(spec=dataclasses.replace(c.spec, run_id="other", family="else"), flops=c.flops)
+        for c in pair
+    ]
+    found = []
+    for both in (pair, other):
+        beliefs = _Beliefs(posterior, both, GOAL, np.ones(1), seed=1)
+        beliefs.observe(0)
+        found.append(beliefs.gains()[1])
+    assert found[0] > 2 * found[1]
+
+
+def test_of_equal_runs_the_cheaper_is_taken(posterior: Posterior) -> None:
+    runs = [candidate("dear", u=1.2, flops=1e16), candidate("cheap", u=1.2, flops=1e15)]
+    found = choose(posterior, runs, GOAL, num_runs=1, budget_flops=1e20, seed=1)
+    assert ids(found.proposals) == ["cheap"]
+
+
+@pytest.mark.parametrize("budget", [1e18, 2e19, 1e20])
+def test_the_budget_is_never_exceeded_and_nothing_is_proposed_twice(
+    posterior: Posterior, budget: float
+) -> None:
+    found = choose(posterior, pool(), GOAL, num_runs=20, budget_flops=budget, seed=1)
+    assert sum(p.flops for p in found.proposals) <= budget
+    assert len(set(ids(found.proposals))) == len(found.proposals)
+
+
+def test_regret_falls_with_every_run_and_runs_pay_for_themselves(posterior: Posterior) -> None:
+    found = choose(posterior, pool(), GOAL, num_runs=4, budget_flops=1e21, seed=1)
+    assert len(found.proposals) >= 1
+    assert found.regret_after < found.regret_now
+    for proposal in found.proposals:
+        assert proposal.saves_nats > 0
+        assert proposal.saves_flops >= proposal.flops
+        assert 0 <= proposal.p_diverge <= 1
+        assert "nats" in proposal.reason
+
+
+def test_the_same_seed_chooses_the_same_runs(posterior: Posterior) -> None:
+    first, again = (
+        ids(propose(posterior, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=3))
+        for _ in range(2)
+    )
+    assert first == again
+
+
+def test_reasons_for_stopping(posterior: Posterior) -> None:
+    def stop(runs: list[Candidate], goal: list[Target] = GOAL, budget: float = 1e21,
+             num_runs: int = 5) -> str:  # fmt: skip
+        found = choose(posterior, runs, goal, num_runs=num_runs, budget_flops=budget, seed=1)
+        return found.stop_reason
+
+    assert "every run of the space has been made" in stop([])
+    assert "no run fits into the 1M FLOPs that are left" in stop(pool(), budget=1e6)
+    assert "1 runs were asked for" in stop(pool(), num_runs=1)
+    small = [target(n_active=3e7, n_total=2.4e8, tokens=2e9, batch_tokens=131_072.0)]
+    near = {"n": SIZES[0], "d": TOKENS[0], "b": BATCHES[0]}
+    told = stop([candidate(f"u{u}", u=u, flops=1e24, **near) for u in (-2.0, -1.4, 1.4)], small,
+                budget=1e25)  # fmt: skip
+    assert "would save an expected" in told or "would tell anything" in told
+
+
+def test_weights_choose_between_targets(posterior: Posterior) -> None:
+    goals = [target("a"), target("b", n_active=4e9, n_total=3.2e10, tokens=4e11)]
+    plans = [
+        choose(posterior, pool(), goals, num_runs=1, budget_flops=1e21, seed=1, weights=weights)
+        for weights in ([1.0, 0.0], [0.0, 1.0])
+    ]
+    assert plans[0].regret_now < plans[1].regret_now
+
+
+def test_runs_that_diverge_are_told(posterior: Posterior) -> None:
+    found = choose(
+        posterior, [candidate("hot", u=4.0)], GOAL, num_runs=1, budget_flops=1e21, seed=1
+    )
+    for proposal in found.proposals:
+        assert proposal.p_diverge > 0.5
+
+
+def test_the_prior_alone_expects_more_regret_than_a_fit(posterior: Posterior) -> None:
+    alone, fitted = (
+        choose(p, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=1)
+        for p in (prior_posterior("moe-default", num_draws=600), posterior)
+    )
+    assert alone.regret_now > fitted.regret_now
+    assert alone.stop_reason
+
+
+def space_recipe() -> dict[str, Any]:
+    lr = math.exp(true_log_lr(SIZES[0], TOKENS[0], BATCHES[0]))
+    low = math.exp(math.log(2) / 2 * round(math.log(lr) / (math.log(2) / 2)))
+    return toy_recipe(
+        sweep__family="made-up",
+        space__tokens=[int(TOKENS[0]), int(TOKENS[1])],
+        space__batch_tokens=[int(b) for b in BATCHES],
+        space__shapes=[
+            {"name": f"n{n:g}", "n_active": int(n), "n_total": int(SPARSITY * n)}
+            for n in (*SIZES, 3e8)
+        ],
+        space__lr={"low": low / 4, "high": low * 4, "per_octave": 1},
+        targets=[{"target_id": "big", "tokens": "1.2T", "batch_tokens": 4_194_304,
+                  "shape": {"name": "large", "n_active": 6_000_000_000,
+                            "n_total": 48_000_000_000}}],
+    )  # fmt: skip
+
+
+def test_a_plan_proposes_what_was_not_run(posterior: Posterior) -> None:
+    recipe = parse_recipe(space_recipe())
+    found = plan(posterior, recipe, budget_flops=1e21, num_runs=4)
+    assert len(found.proposals) >= 1
+    assert posterior.runs is not None
+    frame = posterior.runs.frame
+    seen = {
+        (n, d, b, round(x, 3))
+        for n, d, b, x in zip(
+            frame["n_active"], frame["tokens"], frame["batch_tokens"], np.log(frame["lr"]),
+            strict=True,
+        )
+    }  # fmt: skip
+    for proposal in found.proposals:
+        spec = proposal.spec
+        mine = {(spec.n_active, d, spec.batch_tokens, round(math.log(spec.lr), 3))
+                for d in spec.decay_at}  # fmt: skip
+        assert not mine <= seen
+    cheap = plan(posterior, recipe, budget_flops=1e17, num_runs=4)
+    assert sum(p.flops for p in cheap.proposals) <= 1e17

@@ -1,0 +1,233 @@
+"""The verbs fit, predict, plan, report, calibrate: output, files, exit codes, no traceback."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+
+from bayeslr import cli
+from bayeslr.posterior import Posterior, load
+from bayeslr.runs import RunTable
+from tests.fakes import write_recipe
+from tests.model_fixtures import run_record
+from tests.test_acquire import space_recipe
+
+FLAGS = ("--n-active", "600M", "--n-total", "4.8B", "--tokens", "48B", "--batch-tokens", "1M")
+
+
+@pytest.fixture
+def bayeslr(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """``bayeslr(words...)``: exit code, standard output, standard error."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["bayeslr", *(str(word) for word in words)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err + out
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def folder(posterior: Posterior, tmp_path: Path) -> Path:
+    path = tmp_path / "fit"
+    posterior.save(path)
+    return path
+
+
+@pytest.fixture
+def runs_csv(table: RunTable, tmp_path: Path) -> Path:
+    path = tmp_path / "runs.csv"
+    table.write(path)
+    return path
+
+
+@pytest.fixture
+def no_sampling(monkeypatch: pytest.MonkeyPatch, posterior: Posterior) -> None:
+    """The fit that is at hand stands in for a new one."""
+    sampling = importlib.import_module("bayeslr.sampling")
+    monkeypatch.setattr(sampling, "fit", lambda *_, **__: posterior)
+
+
+@pytest.mark.usefixtures("no_sampling")
+def test_fit_writes_the_folder_and_sums_it_up(bayeslr: Any, runs_csv: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new"
+    code, text, _ = bayeslr("fit", runs_csv, "-o", out, "--no-check")
+    assert code in (0, 4)  # The shared fit has few draws.
+    assert "40 runs (" in text
+    assert "in 8 slices of made-up" in text
+    assert "lr_tokens" in text
+    assert f"Fit written to {out}" in text
+    assert load(out).info["num_runs"] == 40
+
+
+def test_an_untrustworthy_fit_is_written_and_ends_with_4(
+    bayeslr: Any, runs_csv: Path, tmp_path: Path, posterior: Posterior,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    info = {**posterior.info, "trustworthy": False, "verdict": "Do not trust this fit: chains."}
+    doubtful = dataclasses.replace(posterior, info=info)
+    sampling = importlib.import_module("bayeslr.sampling")
+    monkeypatch.setattr(sampling, "fit", lambda *_, **__: doubtful)
+    code, _, err = bayeslr("fit", runs_csv, "-o", tmp_path / "new", "--no-check")
+    assert code == 4
+    assert "Do not trust this fit" in err
+    code, out, err = bayeslr("predict", tmp_path / "new", *FLAGS)
+    assert code == 0
+    assert "Train 600M active" in out
+    assert "Warning: Do not trust this fit" in err
+
+
+def test_two_stage_end_to_end(bayeslr: Any, runs_csv: Path, tmp_path: Path) -> None:
+    out = tmp_path / "two"
+    code, text, _ = bayeslr("fit", runs_csv, "-o", out, "--method", "two-stage", "--no-check")
+    assert code == 0
+    assert "Least squares, R^2" in text
+    code, text, _ = bayeslr("predict", out, *FLAGS)
+    assert code == 0
+    assert "peak LR of" in text
+
+
+def test_fit_json_parses(bayeslr: Any, runs_csv: Path, tmp_path: Path) -> None:
+    code, text, _ = bayeslr(
+        "fit", runs_csv, "-o", tmp_path / "j", "--method", "two-stage", "--json", "--no-check"
+    )
+    assert code == 0
+    assert json.loads(text)["num_runs"] == 40
+
+
+def test_rows_set_aside_are_told(bayeslr: Any, table: RunTable, tmp_path: Path) -> None:
+    frame = table.frame.copy()
+    frame.loc[0, "lr"] = -1.0
+    frame.to_csv(tmp_path / "r.csv", index=False)
+    code, _, err = bayeslr(
+        "fit", tmp_path / "r.csv", "-o", tmp_path / "f", "--method", "two-stage", "--no-check"
+    )
+    assert code == 0
+    assert "1 rows are set aside" in err
+
+
+def test_all_diverged_ends_with_3(bayeslr: Any, tmp_path: Path) -> None:
+    rows = [run_record(f"r{i}", 1e8, 2e9, 1e5, 10 ** (-2 + i / 4), None) for i in range(4)]
+    pd.DataFrame(rows).to_csv(tmp_path / "r.csv", index=False)
+    code, _, err = bayeslr("fit", tmp_path / "r.csv", "-o", tmp_path / "f")
+    assert code == 3
+    assert "all 4 runs diverged" in err
+    assert not (tmp_path / "f").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "told"),
+    [
+        (("fit", "nowhere.csv"), 3, "nowhere.csv"),
+        (("predict",), 2, "either a fit folder or --prior"),
+        (("predict", "no-fit", *FLAGS), 2, "is no fit folder"),
+        (("predict", "--prior", "nope", *FLAGS), 2, "the shipped cards are"),
+        (("predict", "--prior", "weak", "--tokens", "1B"), 2, "--n-active is missing"),
+        (("predict", "--prior", "weak", *FLAGS, "--targets", "t.csv"), 2, "not both"),
+        (("predict", "--prior", "weak", "--targets", "t.csv"), 3, "does not exist"),
+        (("predict", "--prior", "weak", "--n-active", "big", "--tokens", "1B", "--batch-tokens",
+          "1M"), 2, "--n-active must be a number such as 1.3B"),
+        (("predict", "--prior", "weak", "--n-active", "2B", "--n-total", "1B", "--tokens", "1B",
+          "--batch-tokens", "1M"), 2, "must not exceed n_total"),
+        (("predict", "--prior", "weak", *FLAGS, "-o", "out.xlsx"), 2, "must end in .csv"),
+        (("plan", "no-fit", "--space", "r.toml", "--budget", "1e18"), 2, "is no fit folder"),
+        (("report", "no-fit"), 2, "is no fit folder"),
+        (("priors", "show", "nope"), 2, "the shipped cards are"),
+        (("calibrate", "--prior", "nope"), 2, "the shipped cards are"),
+    ],
+    ids=lambda value: "-".join(value)[:40] if isinstance(value, tuple) else None,
+)  # fmt: skip
+def test_mistakes_end_in_one_message(
+    bayeslr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...],
+    code: int, told: str,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    found, _, err = bayeslr(*words)
+    assert (found, told in err) == (code, True), err
+
+
+def test_predict_echoes_the_target_in_full_and_answers_in_a_sentence(
+    bayeslr: Any, folder: Path
+) -> None:
+    code, out, _ = bayeslr("predict", folder, *FLAGS)
+    assert code == 0
+    assert "600,000,000 active of 4,800,000,000 non-embedding parameters" in out
+    assert "48,000,000,000 tokens, batch 1,000,000 tokens" in out
+    assert "90 % probability" in out
+
+
+def test_predict_from_a_card_alone(bayeslr: Any) -> None:
+    code, out, _ = bayeslr(
+        "predict", "--prior", "moe-default", "--n-active", "1.3B", "--n-total", "12B", "--tokens",
+        "500B", "--batch-tokens", "4M", "--json",
+    )  # fmt: skip
+    (row,) = json.loads(out)
+    assert code == 0
+    assert 4.55e-4 < row["lr_q50"] < 7.47e-4
+    assert row["lr_q95"] / row["lr_q05"] <= 8
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "jsonl"])
+def test_predict_a_table_of_targets(
+    bayeslr: Any, folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    targets, out = tmp_path / "targets.csv", tmp_path / f"preds.{suffix}"
+    targets.write_text(
+        "target_id,n_active,n_total,tokens,batch_tokens,family\n"
+        "a,6e8,4.8e9,48e9,1e6,made-up\nb,6e8,4.8e9,96e9,1e6,unseen\n"
+    )
+    code, text, _ = bayeslr("predict", folder, "--targets", targets, "-o", out)
+    assert code == 0
+    assert text.splitlines()[0].split()[0] == "target"
+    reader: Any = {"csv": pd.read_csv, "parquet": pd.read_parquet}.get(
+        suffix, lambda path: pd.read_json(path, lines=True)
+    )
+    table = reader(out)
+    assert table["target_id"].tolist() == ["a", "b"]
+    assert table["level"].tolist() == ["family", "population"]
+    code, text, _ = bayeslr("predict", folder, "--targets", targets, "--json")
+    assert [row["target_id"] for row in json.loads(text)] == ["a", "b"]
+
+
+def test_a_damaged_fit_ends_with_2_and_advice(bayeslr: Any, folder: Path) -> None:
+    (folder / "posterior.nc").write_bytes(b"nothing")
+    code, _, err = bayeslr("predict", folder, *FLAGS)
+    assert code == 2
+    assert "fit again" in err
+
+
+def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.toml", space_recipe())
+    out = tmp_path / "next.jsonl"
+    words = ("plan", folder, "--space", recipe, "--budget", "1e20", "--runs", "2")
+    code, text, _ = bayeslr(*words, "-o", out)
+    assert code == 0
+    assert "expected regret" in text
+    assert "Then stop:" in text
+    lines = out.read_text().splitlines()
+    code, text, _ = bayeslr(*words, "--json")
+    document = json.loads(text)
+    assert code == 0
+    assert len(document["proposals"]) == len(lines)
+    assert document["stop_reason"]
+
+
+def test_report_writes_one_file(bayeslr: Any, folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "report.html"
+    code, text, _ = bayeslr("report", folder, "-o", out)
+    assert code == 0
+    assert f"Report written to {out}" in text
+    assert out.read_text().lstrip().startswith("<!")
