@@ -34,10 +34,9 @@ def valley_excess(u: Any, curvature: Any, skew: Any, xp: Any = np) -> Any:
 
 
 def softplus(x: Any, xp: Any = np) -> Any:
-    """ln(1 + e^x) without overflow."""
-    if xp is np:
-        return np.logaddexp(0.0, x)
-    return xp.softplus(x)
+    """ln(1 + e^x), without overflow in itself or in its gradient."""
+    magnitude = xp.abs(x)
+    return 0.5 * (x + magnitude) + xp.log1p(xp.exp(-magnitude))
 
 
 def batch_knee(z: Any, slope_below: Any, slope_above: Any, sharpness: float, xp: Any = np) -> Any:

@@ -291,9 +291,13 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
                 + loss_shape + draws["loss_cell_sd"] * effects.normal(("loss", g, where[:3]))
             )  # fmt: skip
         z = x["log_batch"][t] - best_batch
-        knee = laws.batch_knee(
-            z, of_family("lr_batch_below", g), of_family("lr_batch_above", g), KNEE_SHARPNESS
-        )
+        slopes = of_family("lr_batch_below", g), of_family("lr_batch_above", g)
+        knee = laws.batch_knee(z, *slopes, KNEE_SHARPNESS)
+        # Floor, curvature and edge are stated at the data's mean batch; a card alone has none, and
+        # states them at the best batch.
+        d_batch = x["log_batch"][t] - centre["log_batch"] if "log_batch" in centre else z
+        zero = z - d_batch
+        zero_knee = laws.batch_knee(zero, *slopes, KNEE_SHARPNESS)
         if s is not None:
             out["log_lr"][:, t] = draws["lr_opt"][:, s]
             out["log_curvature"][:, t] = draws["log_curvature"][:, s]
@@ -304,17 +308,22 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
             )
             out["log_curvature"][:, t] = (
                 of_family("log_curvature_level", g) + draws["curvature_n_active"] * d_n
-                + draws["curvature_tokens"] * d_d + draws["curvature_batch"] * z
+                + draws["curvature_tokens"] * d_d + draws["curvature_batch"] * d_batch
                 + draws["curvature_slice_sd"] * effects.normal(("curvature", g, where))
             )  # fmt: skip
             penalty = of_family("penalty_scale", g) * np.exp(draws["penalty_tokens"] * d_d)
             out["floor"][:, t] = (
-                loss_cell + penalty * laws.linex(z, draws["penalty_skew"])
+                loss_cell
+                + penalty * laws.linex(z, draws["penalty_skew"])
+                - penalty * laws.linex(zero, draws["penalty_skew"])
                 + draws["loss_slice_sd"] * effects.normal(("floor", g, where))
             )  # fmt: skip
         out["skew"][:, t] = np.exp(of_family("log_skew", g))
         out["log_edge"][:, t] = (
-            lr_cell + draws["edge_batch"] * knee + np.exp(of_family("log_edge_offset", g))
+            lr_cell
+            + zero_knee
+            + draws["edge_batch"] * (knee - zero_knee)
+            + np.exp(of_family("log_edge_offset", g))
         )
         exponent = of_family("loss_exponent_tokens", g)
         out["loss_tokens"][:, t] = of_family("loss_tokens", g) * np.exp(-exponent * d_d)

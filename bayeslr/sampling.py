@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ _SCALES = (
 # Steps of the search for the mode, in the units of each effect; all others move by 0.3.
 _STEP = {
     "floor_raw": 0.005, "loss_cell_raw": 0.01, "loss_level": 0.02, "lr_opt_raw": 0.1,
-    "lr_cell_raw": 0.1, "lr_level": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02,
+    "lr_cell_raw": 0.1, "lr_anchor": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02,
     "best_batch_raw": 0.3, "best_batch_level": 0.2,
 }  # fmt: skip
 
@@ -154,7 +155,10 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     from pytensor.compile.mode import get_mode
 
     get_mode("JAX").optimizer.rewrite(graph)
-    function = jax_funcify(graph)
+    with warnings.catch_warnings():
+        # PyTensor says that JAX cannot raise for a negative scale; no scale here can be negative.
+        warnings.filterwarnings("ignore", message="Skipping Check", category=UserWarning)
+        function = jax_funcify(graph)
     del kept
     point = model.initial_point(random_seed=0)
     names = tuple(variable.name for variable in values)
@@ -216,16 +220,17 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
         level = cell_floor[of_cell].mean() if of_cell.any() else 2.5
         lr = best[of_slice].mean() if of_slice.any() else np.nanmean(best)
         cell_floor = np.where((cell_family == g) & ~np.isfinite(cell_floor), level, cell_floor)
-        floor = np.where((slice_family == g) & ~np.isfinite(floor), level, floor)
         best = np.where((slice_family == g) & ~np.isfinite(best), lr, best)
         x[compiled.index("loss_level")[g]] = level
-        x[compiled.index("lr_level")[g]] = lr
+        x[compiled.index("lr_anchor")[g]] = lr
         for part in ("loss_n_active", "loss_tokens"):
             at = compiled.index(f"{part}_log__")[g]
             x[at] = min(x[at], np.log(0.2 * level))
+    # A slice without a finished run, padded ones too, starts at its cell: no effect of its own.
+    floor = np.where(np.isfinite(floor), floor, cell_floor[arrays["slice_cell"]])
     # A partly centred effect: raw = c mean + sd^(c - 1) (value - mean).
     level_c = x[compiled.index("loss_level")][cell_family]
-    lr_c = x[compiled.index("lr_level")][cell_family]
+    lr_c = x[compiled.index("lr_anchor")][cell_family]
     lr_s = lr_c[arrays["slice_cell"]]
 
     def raw(value: FloatArray, mean: FloatArray, sd: str, c: FloatArray) -> FloatArray:
@@ -235,7 +240,7 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
     level_h = x[compiled.index("loss_level")][shape_family]
     x[compiled.index("loss_shape_raw")] = arrays["shape_has_floor"] * level_h
     x[compiled.index("lr_shape_raw")] = (
-        arrays["shape_has_lr"] * x[compiled.index("lr_level")][shape_family]
+        arrays["shape_has_lr"] * x[compiled.index("lr_anchor")][shape_family]
     )
     x[compiled.index("loss_cell_raw")] = raw(
         cell_floor, level_c, "loss_cell_sd", arrays["cell_has_floor"]

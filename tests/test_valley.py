@@ -10,12 +10,13 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from bayeslr import laws
 from bayeslr.features import build_design
 from bayeslr.models import simulate, valley
 from bayeslr.models.simulate import PlannedSlice
 from bayeslr.priors import Prior
 from bayeslr.runs import RunTable, concat, make_table
-from bayeslr.sampling import CompiledModel, compile_model, configure_jax
+from bayeslr.sampling import CompiledModel, _data_start, compile_model, configure_jax
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
 
 Point = Mapping[str, NDArray[np.float64]]
@@ -57,18 +58,14 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
             total += np.sum(normal(log_value, np.log(entry.location), entry.scale))
 
     ref_n, ref_all, ref_d = (card.reference[k] for k in ("n_active", "n_total", "tokens"))
-    x_n, x_s, x_d = arrays["centre"] - np.log([ref_n, ref_n / ref_all, ref_d])
+    mid_batch = arrays["centre"][3]
+    x_n, x_s, x_d = arrays["centre"][:3] - np.log([ref_n, ref_n / ref_all, ref_d])
 
     def level(name: str, mean: Any, sd: str) -> Any:
         nonlocal total
         total += np.sum(normal(point[name], mean, p[sd]))
         return point[name]
 
-    lr_level = level(
-        "lr_level",
-        p["lr_intercept"] + p["lr_n_active"] * x_n + p["lr_sparsity"] * x_s + p["lr_tokens"] * x_d,
-        "lr_family_sd",
-    )
     batch_level = level(
         "best_batch_level",
         p["best_batch_intercept"] + p["best_batch_n_active"] * x_n + p["best_batch_tokens"] * x_d,
@@ -95,6 +92,19 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         np.array([[p[f"lr_{k}"] for k in
                    ("n_active", "sparsity", "tokens", "batch_below", "batch_above")]]),
         "lr_slope_family_sd", arrays["family_has_slope"],
+    )  # fmt: skip
+    zero = mid_batch - batch_level
+    below, above = slope[:, 3], slope[:, 4]
+    lr_level = point["lr_anchor"] - (
+        below * zero + (above - below) * (np.log1p(np.exp(2 * zero)) - np.log(2)) / 2
+    )
+    total += np.sum(
+        normal(
+            lr_level,
+            p["lr_intercept"] + p["lr_n_active"] * x_n + p["lr_sparsity"] * x_s
+            + p["lr_tokens"] * x_d,
+            p["lr_family_sd"],
+        )
     )  # fmt: skip
     g, h, c, s = (arrays[k] for k in ("shape_family", "cell_shape", "slice_cell", "run_slice"))
     d_n, d_s, d_d = (arrays[k] for k in ("shape_d_n_active", "shape_d_sparsity", "cell_d_tokens"))
@@ -132,13 +142,17 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     bend = effect(
         "curvature_slice",
         bend_level[gs] + p["curvature_n_active"] * d_nc[c] + p["curvature_tokens"] * d_d[c]
-        + p["curvature_batch"] * z,
+        + p["curvature_batch"] * (arrays["slice_log_batch"] - mid_batch),
         "curvature_slice_sd", arrays["slice_has_curvature"],
     )  # fmt: skip
-    skew_z = p["penalty_skew"] * z
+    zero = mid_batch - best_batch[c]
+    skew_z, skew_zero = p["penalty_skew"] * z, p["penalty_skew"] * zero
+    zero_knee = below * zero + (above - below) * (np.log1p(np.exp(2 * zero)) - np.log(2)) / 2
     penalty = p["penalty_scale"][gs] * np.exp(p["penalty_tokens"] * d_d[c])
     floor = effect(
-        "floor", loss_c[c] + penalty * (np.exp(skew_z) - 1 - skew_z) / p["penalty_skew"] ** 2,
+        "floor",
+        loss_c[c] + penalty * (np.exp(skew_z) - skew_z - np.exp(skew_zero) + skew_zero)
+        / p["penalty_skew"] ** 2,
         "loss_slice_sd", arrays["slice_has_floor"],
     )  # fmt: skip
     gr = gs[s]
@@ -151,7 +165,8 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         total += stats.t.logpdf(
             arrays["run_loss"][i], 1 + p["noise_dof"], floor[s][i] + excess[i], sd[i]
         )
-    edge = (lr_c[c] + p["edge_batch"] * knee + np.exp(log_edge)[gs])[s]
+    edge = lr_c[c] + zero_knee + p["edge_batch"] * (knee - zero_knee) + np.exp(log_edge)[gs]
+    edge = edge[s]
     risk = 1 / (1 + np.exp(-(arrays["run_log_lr"] - edge) / p["edge_width"]))
     for i in np.flatnonzero(arrays["run_has_end"]):
         total += np.log(risk[i] if arrays["run_diverged"][i] else 1 - risk[i])
@@ -228,6 +243,15 @@ def test_padding_adds_the_padded_effects_prior_and_nothing_else(
     assert difference == pytest.approx(float(stats.norm.logpdf(wide[extra]).sum()), rel=1e-9)
 
 
+def test_padded_effects_start_at_nothing(card: Prior) -> None:
+    sizes = {"run": 64, "slice": 16, "cell": 8, "shape": 5, "family": 2}
+    padded_arrays = valley.model_data(build_design(two_families()), sizes)
+    padded = compile_model(padded_arrays, card, 2)
+    start = _data_start(padded, padded_arrays, card)
+    for name, used in (("floor", 10), ("loss_cell", 6), ("lr_opt", 10), ("lr_shape", 3)):
+        np.testing.assert_array_equal(start[padded.index(f"{name}_raw")[used:]], 0.0)
+
+
 LAYOUT = [
     PlannedSlice(
         family="f", n_active=n, n_total=8 * n, tokens=d, batch_tokens=b, num_lrs=5, annealed=a
@@ -270,9 +294,14 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
             "lr_opt": truth["lr_opt"], "curvature_slice": truth["log_curvature"],
             "floor": truth["floor"],
         }  # fmt: skip
+        zero = arrays["centre"][3] - truth["best_batch_level"]
+        below, above = truth["family_slope"][:, 3], truth["family_slope"][:, 4]
+        anchor = truth["lr_level"] + laws.batch_knee(zero, below, above, valley.KNEE_SHARPNESS)
         x = np.empty(compiled.size)
         for name in compiled.names:
-            if name.endswith("_raw"):
+            if name == "lr_anchor":
+                value = anchor
+            elif name.endswith("_raw"):
                 value = centred[name.removesuffix("_raw")]
             elif name.endswith("_log__"):
                 value = np.log(truth[name.removesuffix("_log__")])

@@ -38,9 +38,14 @@ def fit(
     method: Annotated[str, typer.Option(help="bayes or two-stage.")] = "bayes",
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 1,
     draws: Annotated[int, typer.Option(min=100, help="Draws a chain.")] = 1000,
+    check: Annotated[
+        bool,
+        typer.Option(help="Also ask whether the fit would have predicted its own largest cells."),
+    ] = True,
     json: JsonOption = False,
 ) -> None:
     """Update a prior card with runs; write the fit folder. Exit code 4: not trustworthy."""
+    from bayeslr.holdout import with_holdout
     from bayeslr.priors import load_prior
     from bayeslr.runs import first_reasons, read_runs
     from bayeslr.sampling import fit as run_fit
@@ -56,6 +61,8 @@ def fit(
     posterior = run_fit(
         table, card, seed=seed, method=method, num_draws=draws, progress=sys.stderr.isatty()
     )
+    if check:
+        posterior = with_holdout(posterior, seed=seed)
     posterior.save(out)
     if json:
         _echo(json_module.dumps({"fit": str(out), **posterior.info}, default=str))
@@ -90,6 +97,8 @@ def _fit_summary(posterior: Posterior) -> list[str]:
             f"  {name:16s} {coefficient[:, i].mean():+.3f} +- {coefficient[:, i].std():.3f}"
             for i, name in enumerate(names)
         ]
+    if info.get("holdout"):
+        lines.append(str(info["holdout"]["sentence"]))
     lines += [f"Note: {note}" for note in info["identifiability"]]
     return lines
 

@@ -203,16 +203,19 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     g, d_n, d_d = g[c], d_n[c], d_d[c]
     z = design.log_batch - best_batch[c]
     knee = laws.batch_knee(z, slope[g, 3], slope[g, 4], KNEE_SHARPNESS)
+    zero = centre["log_batch"] - best_batch[c]
+    zero_knee = laws.batch_knee(zero, slope[g, 3], slope[g, 4], KNEE_SHARPNESS)
     lr_opt = normal(lr_cell[c] + knee, "lr_slice_sd", design.num_slices)
     log_curvature = normal(
         log_curvature_level[g] + p["curvature_n_active"] * d_n + p["curvature_tokens"] * d_d
-        + p["curvature_batch"] * z,
+        + p["curvature_batch"] * (design.log_batch - centre["log_batch"]),
         "curvature_slice_sd", design.num_slices,
     )  # fmt: skip
     penalty = p["penalty_scale"][g] * np.exp(p["penalty_tokens"] * d_d)
     floor = normal(
-        loss_cell[c] + penalty * laws.linex(z, p["penalty_skew"]), "loss_slice_sd",
-        design.num_slices,
+        loss_cell[c]
+        + penalty * (laws.linex(z, p["penalty_skew"]) - laws.linex(zero, p["penalty_skew"])),
+        "loss_slice_sd", design.num_slices,
     )  # fmt: skip
     return p | {
         "lr_level": lr_level, "best_batch_level": best_batch_level,
@@ -221,7 +224,8 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "lr_shape": lr_at_shape - lr_law, "loss_shape": loss_at_shape - loss_law,
         "best_batch": best_batch, "lr_cell": lr_cell, "loss_cell": loss_cell,
         "lr_opt": lr_opt, "log_curvature": log_curvature, "floor": floor,
-        "_edge": lr_cell[c] + p["edge_batch"] * knee + np.exp(log_edge_offset[g]),
+        "_edge": lr_cell[c] + zero_knee + p["edge_batch"] * (knee - zero_knee)
+        + np.exp(log_edge_offset[g]),
         "_family": g.astype(float),
     }  # fmt: skip
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
+_ENTRY_ORDER = ("log_tokens", "log_batch", "log_n_active", "log_sparsity")
+
 # Half-width of the parabola's window in ln LR: a factor of 4, the custom of published fits.
 WINDOW = np.log(4.0) + 0.02
 
@@ -71,14 +73,15 @@ def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
         )
     features = design.slice_features()
     x = np.column_stack([features[name] - features[name].mean() for name in REGRESSORS])[good]
-    varies = np.ptp(x, axis=0) > 1e-6
+    # As many regressors as the slices can carry with a degree of freedom left, none that the others
+    # already say; sparsity comes last, for it often moves with size.
+    varies = np.zeros(len(REGRESSORS), dtype=bool)
+    columns = np.ones((len(x), 1))
+    for j in (REGRESSORS.index(name) for name in _ENTRY_ORDER):
+        wider = np.column_stack([columns, x[:, j]])
+        if wider.shape[1] < len(x) and np.linalg.matrix_rank(wider, tol=1e-6) == wider.shape[1]:
+            varies[j], columns = True, wider
     columns = np.column_stack([np.ones(len(x)), x[:, varies]])
-    # As many regressors as the slices can carry, one residual degree of freedom left.
-    while (
-        columns.shape[1] > max(1, len(x) - 1) or np.linalg.matrix_rank(columns) < (columns.shape[1])
-    ):
-        varies[np.flatnonzero(varies)[-1]] = False
-        columns = np.column_stack([np.ones(len(x)), x[:, varies]])
     y = vertex[good]
     coefficient, *_ = np.linalg.lstsq(columns, y, rcond=None)
     residual = y - columns @ coefficient

@@ -5,9 +5,13 @@ table of the same (padded) sizes. Level by level, g a family, h a shape, c a cel
 
     ln LR*_s  = lr_cell_c + knee(z_s) + e_s,     z_s = ln batch_s - best_batch_c
     lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c + e_h + e_c
-    floor_s   ~ loss_cell_c + penalty(z_s) + e_s,  loss_cell_c ~ loss-token law + e_h + e_c
+    floor_s   ~ loss_cell_c + penalty(z_s) - penalty(zero_c) + e_s
+    loss_cell_c ~ loss-token law + e_h + e_c,    zero_c = centre of ln batch - best_batch_c
     loss_i    ~ StudentT(floor_s + excess(u_i), noise + share of the excess),  u_i = ln LR_i - LR*_s
     diverged_i ~ Bernoulli(logistic((ln LR_i - edge_s) / width))
+
+The floor, the curvature and the edge are stated at the data's mean batch, and so is the LR level
+while it is sampled: runs at one batch say nothing of the best batch, and need not hear of it.
 
 An effect is centred where its group has many runs and non-centred where it has few
 (partial non-centring, Papaspiliopoulos, Roberts and Skold 2007).
@@ -23,6 +27,7 @@ import pymc as pm
 import pytensor.tensor as pt
 
 from bayeslr import laws
+from bayeslr.features import REGRESSORS
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -71,7 +76,7 @@ OUTPUTS = {
 def centre(design: Design) -> dict[str, float]:
     """Where the regressors are centred: their means over slices, natural logs."""
     features = design.slice_features()
-    return {k: float(np.mean(features[k])) for k in ("log_n_active", "log_sparsity", "log_tokens")}
+    return {name: float(np.mean(features[name])) for name in REGRESSORS}
 
 
 def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays:
@@ -114,14 +119,16 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "shape_has_lr": slices_in_shape / (slices_in_shape + 3.0),
         "shape_has_floor": cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
-        "centre": np.array([mid["log_n_active"], mid["log_sparsity"], mid["log_tokens"]]),
+        "centre": np.array([mid[name] for name in REGRESSORS]),
         **{f"cell_{name}": values for name, values in cells.items()},
     }
     if sizes is not None:
         for name, values in arrays.items():
             level = name.partition("_")[0]
             if level in sizes:
-                arrays[name] = np.pad(values, (0, sizes[level] - len(values)))
+                # Padded runs and slices repeat the last LR and batch: a far one would overflow.
+                mode = "edge" if name in ("run_log_lr", "slice_log_batch") else "constant"
+                arrays[name] = np.pad(values, (0, sizes[level] - len(values)), mode=mode)
     return arrays
 
 
@@ -199,12 +206,6 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             data["centre"][i] - reference[k]
             for i, k in enumerate(("log_n_active", "log_sparsity", "log_tokens"))
         )
-        lr_level = pm.Normal(
-            "lr_level",
-            p["lr_intercept"] + p["lr_n_active"] * away_n + p["lr_sparsity"] * away_s
-            + p["lr_tokens"] * away_d,
-            p["lr_family_sd"], shape=num_families,
-        )  # fmt: skip
         best_batch_level = pm.Normal(
             "best_batch_level",
             p["best_batch_intercept"] + p["best_batch_n_active"] * away_n
@@ -230,6 +231,25 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
                 data["family_has_slope"],
                 (num_families, len(SLOPES)),
             ),
+        )
+
+        # The level is sampled as ln LR* at the mean batch; its prior speaks of the best batch.
+        zero_g = data["centre"][3] - best_batch_level
+        lr_anchor = pm.Flat("lr_anchor", shape=num_families)
+        lr_level = pm.Deterministic(
+            "lr_level",
+            lr_anchor
+            - laws.batch_knee(zero_g, family_slope[:, 3], family_slope[:, 4], KNEE_SHARPNESS, pt),
+        )
+        lr_population = (
+            p["lr_intercept"]
+            + p["lr_n_active"] * away_n
+            + p["lr_sparsity"] * away_s
+            + p["lr_tokens"] * away_d
+        )
+        pm.Potential(
+            "lr_level_prior",
+            pm.logp(pm.Normal.dist(lr_population, p["lr_family_sd"]), lr_level).sum(),
         )
 
         # Shapes: what is peculiar to one, on top of the law in size and sparsity.
@@ -305,6 +325,8 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         z = data["slice_log_batch"] - best_batch[slice_cell]
         slope_s = family_slope[slice_family]
         knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], KNEE_SHARPNESS, pt)
+        zero = data["centre"][3] - best_batch[slice_cell]
+        zero_knee = laws.batch_knee(zero, slope_s[:, 3], slope_s[:, 4], KNEE_SHARPNESS, pt)
         lr_opt = pm.Deterministic("lr_opt", _effect(
             "lr_opt", lr_cell[slice_cell] + knee, p["lr_slice_sd"], data["slice_has_lr"],
             num_slices,
@@ -316,7 +338,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
                 log_curvature_level[slice_family]
                 + p["curvature_n_active"] * d_n[slice_cell]
                 + p["curvature_tokens"] * d_d[slice_cell]
-                + p["curvature_batch"] * z,
+                + p["curvature_batch"] * (data["slice_log_batch"] - data["centre"][3]),
                 p["curvature_slice_sd"],
                 data["slice_has_curvature"],
                 num_slices,
@@ -324,7 +346,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         )
         penalty = (
             p["penalty_scale"][slice_family] * pt.exp(p["penalty_tokens"] * d_d[slice_cell])
-            * laws.linex(z, p["penalty_skew"], pt)
+            * (laws.linex(z, p["penalty_skew"], pt) - laws.linex(zero, p["penalty_skew"], pt))
         )  # fmt: skip
         floor = pm.Deterministic("floor", _effect(
             "floor", loss_cell[slice_cell] + penalty, p["loss_slice_sd"],
@@ -345,7 +367,12 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             data["run_loss"],
         )
         pm.Potential("loss", (data["run_has_loss"] * loss_logp).sum())
-        edge = lr_cell[slice_cell] + p["edge_batch"] * knee + pt.exp(log_edge_offset)[slice_family]
+        edge = (
+            lr_cell[slice_cell]
+            + zero_knee
+            + p["edge_batch"] * (knee - zero_knee)
+            + pt.exp(log_edge_offset)[slice_family]
+        )
         logit = (data["run_log_lr"] - edge[run_slice]) / p["edge_width"]
         ended = data["run_diverged"] * logit - laws.softplus(logit, pt)
         pm.Potential("diverged", (data["run_has_end"] * ended).sum())
