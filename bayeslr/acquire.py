@@ -112,13 +112,15 @@ class _Beliefs:
 
     def __init__(self, posterior: Posterior, candidates: Sequence[Candidate],
                  targets: Sequence[Target], weights: FloatArray, seed: int) -> None:  # fmt: skip
-        cells: dict[tuple[float, ...], int] = {}
+        cells: dict[tuple[str | float, ...], int] = {}
         cell_of: list[list[int]] = []
         extra: list[Target] = []
         for candidate in candidates:
             spec, mine = candidate.spec, []
             for tokens in spec.decay_at:
-                key = (spec.n_active, spec.n_total, float(tokens), spec.batch_tokens)
+                key = (
+                    spec.family, spec.n_active, spec.n_total, float(tokens), spec.batch_tokens
+                )  # fmt: skip
                 if key not in cells:
                     cells[key] = len(extra)
                     extra.append(Target(

@@ -31,6 +31,7 @@ from bayeslr.recorded import (
     Strategy,
     answer,
     buy_start,
+    copied,
     make_pool,
 )
 from bayeslr.runner_protocol import find_entry_point
@@ -300,27 +301,6 @@ def _least_squares(campaign: Campaign) -> pd.DataFrame:
     except DataError:
         pass
     return copied(campaign, campaign.bought)
-
-
-def copied(campaign: Campaign, runs: Sequence[int]) -> pd.DataFrame:
-    """The best LR of these runs for every target; its neighbours tried are the 90 % interval.
-
-    Beyond the LRs tried, and at least, an octave to each side; in between, a normal.
-    """
-    loss = campaign.losses()
-    losses = np.array([loss[campaign.bought.index(run)] for run in runs])
-    log_lr = campaign.pool.log_lr[list(runs)]
-    best = float(log_lr[int(np.argmin(losses))])
-    half = math.log(2.0)
-    below, above = log_lr[log_lr < best - 1e-9], log_lr[log_lr > best + 1e-9]
-    low = min(best - half, float(below.max())) if len(below) else best - half
-    high = max(best + half, float(above.min())) if len(above) else best + half
-    quartile = 0.6745 / 1.6449  # of a standard normal: its 75 % and 95 % points
-    marks = [low, best - quartile * (best - low), best, best + quartile * (high - best), high]
-    size = len(campaign.targets)
-    return answer(
-        campaign.targets, np.full(size, best), np.repeat(np.array(marks)[:, None], size, 1)
-    )
 
 
 def d_optimal(campaign: Campaign) -> pd.DataFrame:

@@ -161,7 +161,11 @@ def mask_password(url: str | None) -> str | None:
     return f"{scheme}://{user}{':***' if colon else ''}@{place}"
 
 
-_SINGULAR = {"bayeslr.runners": "runner", "bayeslr.studies": "study"}
+_SINGULAR = {
+    "bayeslr.runners": "runner",
+    "bayeslr.strategies": "strategy",
+    "bayeslr.studies": "study",
+}
 
 
 def find_entry_point(group: str, name: str) -> Any:
