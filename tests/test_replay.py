@@ -1,0 +1,262 @@
+"""Replay on a small made-up pool whose valleys are known; inference replaced where it is slow."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from bayeslr import replay as library
+from bayeslr import sampling
+from bayeslr.cli import app
+from bayeslr.errors import DataError, SpecError
+from bayeslr.predict import prior_posterior, read_targets
+from bayeslr.recorded import Campaign, Pool, buy_start, copied, make_pool
+from bayeslr.runs import make_table
+from bayeslr.specs import Target
+
+CARD = "dense-default"
+LRS = 2.0 ** np.arange(-14.0, -6.0, 0.5)
+
+
+def star(n: float, d: float, b: float) -> float:
+    """ln LR* of the made-up law."""
+    return math.log(1e-3) - 0.4 * math.log(n / 2e8) - 0.1 * math.log(d / 4e9) + 0.3 * math.log(b / 2**18)  # noqa: E501  # fmt: skip
+
+
+def loss(n: float, d: float, b: float, lr: float) -> float:
+    u = math.log(lr) - star(n, d, b)
+    return 1.8 + 0.5 * (n / 2e8) ** -0.3 + 0.3 * (d / 4e9) ** -0.3 + 0.02 * u**2 * math.exp(0.1 * u)
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {
+            "run_id": f"{n:.0f}-{d:.0f}-{b}-{lr:.3g}", "family": "made-up", "lr": lr,
+            "n_active": n, "n_total": n, "param_convention": "non_embedding", "tokens": d,
+            "planned_tokens": d, "batch_tokens": b, "loss": loss(n, d, b, lr), "seq_len": 1024,
+            "status": "diverged" if lr > 10 * math.exp(star(n, d, b)) else "ok",
+        }
+        for n in (1e8, 2e8, 4e8) for d in (2e9, 8e9) for b in (2**17, 2**18, 2**19) for lr in LRS
+    ]  # fmt: skip
+
+
+TARGETS = [
+    Target(target_id=f"t{b}", family="made-up", n_active=1e9, n_total=1e9, tokens=3e10,
+           batch_tokens=float(b))
+    for b in (2**18, 2**19)
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pool() -> Pool:
+    return make_pool(make_table(rows()))
+
+
+@pytest.fixture(scope="module")
+def truth() -> pd.DataFrame:
+    return pd.DataFrame(
+        [
+            {"target_id": t.target_id, "lr": lr, "diverged": False,
+             "loss": loss(t.n_active, t.tokens, t.batch_tokens, lr)}
+            for t in TARGETS for lr in LRS
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture
+def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prior card for a posterior: the loop without NUTS. Two-stage stays as it is."""
+    real = sampling.fit
+
+    def fit(runs: Any, prior: str, *, seed: int = 1, method: str = "bayes", **_: Any) -> Any:
+        if method == "two-stage":
+            return real(runs, prior, seed=seed, method=method)
+        return prior_posterior(prior, seed=seed, num_draws=400)
+
+    monkeypatch.setattr(sampling, "fit", fit)
+
+
+def campaign(pool: Pool, share: float = 0.02, seed: int = 1) -> Campaign:
+    made = Campaign(pool=pool, targets=TARGETS, budget_flops=share * pool.total_flops, seed=seed,
+                    prior=CARD)  # fmt: skip
+    buy_start(made)
+    return made
+
+
+def predictions(shift: float, half_width: float) -> pd.DataFrame:
+    """Optimum and interval, both shifted; half the half-width for the quartiles."""
+    marks = {"lr": 0.0, "lr_q05": -1.0, "lr_q25": -0.5, "lr_q50": 0.0, "lr_q75": 0.5, "lr_q95": 1.0}
+    return pd.DataFrame(
+        [
+            {"target_id": t.target_id}
+            | {
+                k: math.exp(star(t.n_active, t.tokens, t.batch_tokens) + shift + m * half_width)
+                for k, m in marks.items()
+            }
+            for t in TARGETS
+        ]
+    )
+
+
+def test_a_perfect_answer_scores_its_width_alone(truth: pd.DataFrame) -> None:
+    found = library.score(truth, predictions(0.0, math.log(2)))
+    assert found.regret_mean < 2e-4
+    assert found.octave_error < 0.1
+    assert found.cover_90 == found.cover_50 == 1.0
+    assert found.interval_score == pytest.approx(2.0)
+
+
+def test_a_miss_costs_twenty_times_its_octaves_and_regret_grows(truth: pd.DataFrame) -> None:
+    found = library.score(truth, predictions(2 * math.log(2), math.log(2)))
+    assert found.cover_90 == 0.0
+    assert found.interval_score == pytest.approx(2.0 + 20.0, abs=1.5)
+    assert found.regret_mean == pytest.approx(0.02 * (2 * math.log(2)) ** 2, rel=0.3)
+
+
+def test_leaving_the_measured_range_is_charged(truth: pd.DataFrame) -> None:
+    edge = predictions(math.log(LRS[-1]) - star(1e9, 3e10, 2**18), 0.1)
+    far = edge.assign(lr=edge["lr"] * math.e)
+    gain = library.score(truth, far).regret_mean - library.score(truth, edge).regret_mean
+    assert gain > 0.02
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice", "negative"])
+def test_answers_that_cannot_be_scored_are_refused(truth: pd.DataFrame, fault: str) -> None:
+    table = predictions(0.0, 1.0)
+    if fault == "missing":
+        table = table.iloc[:1]
+    elif fault == "twice":
+        table = pd.concat([table, table.iloc[:1]])
+    else:
+        table.loc[0, "lr_q05"] = -1.0
+    with pytest.raises(DataError, match="target"):
+        library.score(truth, table)
+
+
+def test_every_strategy_starts_from_the_same_cheapest_runs(pool: Pool) -> None:
+    first, again, other = campaign(pool), campaign(pool), campaign(pool, seed=2)
+    assert first.bought == again.bought
+    assert first.bought != other.bought
+    assert (pool.flops[first.bought] == pool.flops.min()).all()
+    assert len({pool.specs[i].lr for i in first.bought}) >= 3
+
+
+def test_a_run_is_bought_once_and_within_the_budget(pool: Pool) -> None:
+    made = campaign(pool, share=0.005)
+    with pytest.raises(SpecError, match="bought before"):
+        made.buy(made.bought[0])
+    with pytest.raises(SpecError, match="are left"):
+        made.buy(int(np.argmax(pool.flops)))
+
+
+def test_a_budget_below_the_cheapest_run_is_refused(pool: Pool) -> None:
+    with pytest.raises(SpecError, match="below the cheapest"):
+        campaign(pool, share=1e-6)
+
+
+@pytest.mark.parametrize("name", list(library.STRATEGIES))
+@pytest.mark.parametrize("share", [0.005, 0.03])
+@pytest.mark.usefixtures("quick_fit")
+def test_every_strategy_keeps_the_budget_and_answers(
+    pool: Pool, truth: pd.DataFrame, name: str, share: float
+) -> None:
+    made = campaign(pool, share)
+    found = library.score(truth, library.STRATEGIES[name](made))
+    assert math.fsum(pool.flops[made.bought]) <= share * pool.total_flops
+    assert len(set(made.bought)) == len(made.bought)
+    assert 0 <= found.regret_mean < 0.5
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_replays_of_a_seed_agree(pool: Pool, truth: pd.DataFrame) -> None:
+    tables = [
+        library.replay(
+            pool, TARGETS, truth, chosen={"classical": library.classical}, budget_shares=[0.02],
+            seeds=[3], prior=CARD,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    pd.testing.assert_frame_equal(*tables)
+
+
+def test_the_classical_design_finds_the_law_where_it_can_pay(
+    pool: Pool, truth: pd.DataFrame
+) -> None:
+    found = library.score(truth, library.classical(campaign(pool, share=0.5)))
+    assert found.octave_error < 0.5
+    assert found.regret_mean < 0.005
+
+
+def test_copying_brackets_the_best_run(pool: Pool) -> None:
+    made = campaign(pool)
+    table = copied(made, made.bought)
+    best = pool.specs[made.bought[int(np.argmin(made.losses()))]].lr
+    assert table["lr"].to_numpy() == pytest.approx(best)
+    assert (table["lr_q05"] <= best / 2 * 1.001).all()
+    assert (table["lr_q95"] >= best * 2 / 1.001).all()
+
+
+def test_an_unknown_strategy_lists_what_there_is() -> None:
+    with pytest.raises(SpecError, match="there are all, bayeslr, random"):
+        library.strategies("best")
+
+
+def files(folder: Path, truth: pd.DataFrame) -> list[str]:
+    pd.DataFrame(rows()).to_csv(folder / "runs.csv", index=False)
+    names = ("target_id", "family", "n_active", "n_total", "tokens", "batch_tokens")
+    pd.DataFrame([{k: getattr(t, k) for k in names} for t in TARGETS]).to_csv(
+        folder / "targets.csv", index=False
+    )
+    truth.to_csv(folder / "truth.csv", index=False)
+    return [
+        "replay", str(folder / "runs.csv"), "--targets", str(folder / "targets.csv"), "--truth",
+        str(folder / "truth.csv"), "--prior", CARD,
+    ]  # fmt: skip
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_the_verb_prints_json_and_writes_curve_and_figure(
+    tmp_path: Path, truth: pd.DataFrame
+) -> None:
+    words = files(tmp_path, truth)
+    out, figure = tmp_path / "curve.csv", tmp_path / "curve.svg"
+    done = CliRunner().invoke(
+        app,
+        [*words, "--budget", "0.01", "--budget", "0.02", "--strategy", "classical", "--seeds", "2",
+         "--json", "-o", str(out), "--plot", str(figure)],
+    )  # fmt: skip
+    assert done.exit_code == 0, done.output
+    entries = json.loads(done.stdout.strip().splitlines()[-1])["strategies"]
+    assert [(e["strategy"], e["budget_share"]) for e in entries] == [
+        ("classical", 0.01), ("classical", 0.02),
+    ]  # fmt: skip
+    assert {"regret_mean", "regret_worst", "cover_90", "interval_score", "runs"} <= set(entries[0])
+    assert len(pd.read_csv(out)) == 4
+    assert "<svg" in figure.read_text()
+
+
+def test_a_truth_without_a_target_is_refused(tmp_path: Path, truth: pd.DataFrame) -> None:
+    files(tmp_path, truth.iloc[: len(LRS)])
+    targets = read_targets(tmp_path / "targets.csv")
+    with pytest.raises(DataError, match=f"t{2**19}"):
+        library.read_truth(tmp_path / "truth.csv", targets)
+
+
+def test_a_raw_step_law_table_is_recognised(tmp_path: Path) -> None:
+    lines = ["h,numl,lr,bs,smooth loss,exp_name,D,N"]
+    lines += [
+        f"960,7,{lr:.6g},{bs},{loss(2e8, 4e9, bs * 2048, lr):.4f},r{i}-{bs},4e9,2e8"
+        for bs in (64, 128) for i, lr in enumerate(LRS)
+    ]  # fmt: skip
+    path = tmp_path / "train.csv"
+    path.write_text("\n".join(lines) + "\n")
+    pool = library.read_pool(path)
+    assert len(pool) == 2 * len(LRS)
+    assert pool.flops[0] == pytest.approx(6 * 2e8 * 4e9)
