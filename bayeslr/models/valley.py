@@ -127,8 +127,9 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
             level = name.partition("_")[0]
             if level in sizes:
                 # Padded runs and slices repeat the last LR and batch: a far one would overflow.
-                mode = "edge" if name in ("run_log_lr", "slice_log_batch") else "constant"
-                arrays[name] = np.pad(values, (0, sizes[level] - len(values)), mode=mode)
+                last = values[-1] if name in ("run_log_lr", "slice_log_batch") else 0
+                more = np.full(sizes[level] - len(values), last, dtype=values.dtype)
+                arrays[name] = np.concatenate([values, more])
     return arrays
 
 
