@@ -128,7 +128,8 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
             if level in sizes:
                 # Padded runs and slices repeat the last LR and batch: a far one would overflow.
                 last = values[-1] if name in ("run_log_lr", "slice_log_batch") else 0
-                more = np.full(sizes[level] - len(values), last, dtype=values.dtype)
+                extra = (sizes[level] - len(values), *values.shape[1:])
+                more = np.full(extra, last, dtype=values.dtype)
                 arrays[name] = np.concatenate([values, more])
     return arrays
 
