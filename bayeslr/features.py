@@ -109,10 +109,23 @@ def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
     return codes, first.astype(np.int64)
 
 
+def _last_word(frame: pd.DataFrame) -> BoolArray:
+    """Rows that count: ended ones, and the last checkpoint of each run that has not ended.
+
+    Earlier checkpoints of a run share its noise, and were measured at a schedule's start.
+    """
+    open_ = frame["status"].isin(["partial", "pruned"])
+    ended = set(frame.loc[~open_, "run_id"])
+    latest = frame.loc[open_].groupby("run_id")["tokens"].transform("max")
+    is_latest = frame["tokens"].eq(latest.reindex(frame.index))
+    return np.asarray(~open_ | (is_latest & ~frame["run_id"].isin(ended)), dtype=bool)
+
+
 def build_design(table: RunTable) -> Design:
     """Design of the runs that say something about the LR: ok, partial, pruned and diverged ones.
 
-    Failed and lost runs, and unfinished ones without a loss, say nothing and are left out.
+    Failed and lost runs, and unfinished ones without a loss, say nothing and are left out. Of a
+    run that has not ended the last checkpoint counts, of one that has ended none.
     Raises: DataError if no finished or diverged run is left, or every run diverged.
     """
     frame = table.frame
@@ -132,6 +145,8 @@ def build_design(table: RunTable) -> Design:
             f"all {len(frame)} runs diverged: they bound the LR from above but show no valley; "
             "add runs at lower LR"
         )
+    last = _last_word(frame)
+    frame, diverged = frame.loc[last].copy(), diverged[last]
     # A diverged run belongs to the horizon that it was meant to reach, not to where it died.
     planned = frame["planned_tokens"].to_numpy(dtype=float, na_value=np.nan)
     tokens = frame["tokens"].to_numpy(dtype=float)
