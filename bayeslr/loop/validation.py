@@ -151,10 +151,15 @@ def _bottom(measured: Sequence[tuple[float, float]]) -> tuple[float | None, bool
     if len(measured) < 2:
         return None, False
     lowest = min(range(len(measured)), key=lambda i: measured[i][1])
-    if lowest in (0, len(measured) - 1):
+    if len(measured) < 3:
         return measured[lowest][0], False
-    (x0, y0), (x1, y1), (x2, y2) = ((math.log(x), y) for x, y in measured[lowest - 1 : lowest + 2])
+    middle = min(max(lowest, 1), len(measured) - 2)
+    (x0, y0), (x1, y1), (x2, y2) = ((math.log(x), y) for x, y in measured[middle - 1 : middle + 2])
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    if right <= left:
+        return measured[lowest][0], False
     # Newton's divided differences: the slope of the parabola is zero here.
     vertex = 0.5 * (x0 + x1) - left * (x2 - x0) / (2 * (right - left))
+    if not x0 < vertex < x2:
+        return measured[lowest][0], False
     return math.exp(vertex), True
