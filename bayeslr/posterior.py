@@ -55,7 +55,7 @@ SLOPE_NAMES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_
 _DIMS: dict[str, tuple[str, ...]] = {
     "family_slope": ("family", "slope"),
     "coefficient": ("regressor",),
-    "lr_shape": ("shape",), "loss_shape": ("shape",),
+    "lr_shape": ("shape",), "lr_tokens_shape": ("shape",), "loss_shape": ("shape",),
     "best_batch": ("cell",), "lr_cell": ("cell",), "loss_cell": ("cell",),
     "lr_opt": ("slice",), "log_curvature": ("slice",), "floor": ("slice",),
 }  # fmt: skip

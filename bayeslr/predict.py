@@ -273,9 +273,14 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
                 draws["lr_shape"][:, h] if h is not None
                 else draws["lr_shape_sd"] * effects.normal(("shape", g, where[:2]))
             )  # fmt: skip
+            lr_tokens_shape = (
+                draws["lr_tokens_shape"][:, h] if h is not None
+                else draws["lr_tokens_shape_sd"] * effects.normal(("tokens", g, where[:2]))
+            )  # fmt: skip
             lr_cell = (
                 of_family("lr_level", g) + of_family("lr_n_active", g) * d_n
-                + of_family("lr_sparsity", g) * d_s + of_family("lr_tokens", g) * d_d
+                + of_family("lr_sparsity", g) * d_s
+                + (of_family("lr_tokens", g) + lr_tokens_shape) * d_d
                 + lr_shape + draws["lr_cell_sd"] * effects.normal(("cell", g, where[:3]))
             )  # fmt: skip
             exponent_n = of_family("loss_exponent_n_active", g)

@@ -115,6 +115,7 @@ PARAMETERS: dict[str, str] = {
     "lr_unannealed": "shift of ln LR* when the loss is read off before the LR has decayed",
     "lr_family_sd": "recipe-to-recipe sd of ln LR*",
     "lr_slope_family_sd": "recipe-to-recipe sd of the exponents of LR*",
+    "lr_tokens_shape_sd": "sd of the exponent of LR* in tokens between shapes of a family",
     "lr_shape_sd": "sd of ln LR* peculiar to a shape",
     "lr_cell_sd": "sd of ln LR* peculiar to a cell",
     "lr_slice_sd": "sd of ln LR* peculiar to a slice",

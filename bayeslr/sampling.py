@@ -39,7 +39,8 @@ METHODS = ("bayes", "two-stage")
 # scale that goes to zero wins without bound.
 _SCALES = (
     "noise_sd", "noise_share", "noise_dof",
-    "lr_family_sd", "lr_slope_family_sd", "lr_shape_sd", "lr_cell_sd", "lr_slice_sd",
+    "lr_family_sd", "lr_slope_family_sd", "lr_tokens_shape_sd", "lr_shape_sd", "lr_cell_sd",
+    "lr_slice_sd",
     "best_batch_family_sd", "best_batch_cell_sd", "curvature_family_sd", "curvature_slice_sd",
     "skew_family_sd", "edge_family_sd", "loss_shape_sd", "loss_cell_sd", "loss_slice_sd",
 )  # fmt: skip

@@ -110,6 +110,9 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     d_n, d_s, d_d = (arrays[k] for k in ("shape_d_n_active", "shape_d_sparsity", "cell_d_tokens"))
     lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s
     lr_h = effect("lr_shape", lr_law, "lr_shape_sd", arrays["shape_has_lr"])
+    slope_h = effect(
+        "lr_tokens_shape", slope[g, 2], "lr_tokens_shape_sd", arrays["shape_has_slope"]
+    )
     irreducible = point["loss_level"] - p["loss_n_active"] - p["loss_tokens"]
     entry = card["loss_irreducible"]
     total += np.sum(stats.lognorm.logpdf(irreducible, entry.scale, scale=entry.location))
@@ -125,7 +128,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     )  # fmt: skip
     early = arrays["cell_unannealed"]
     lr_c = effect(
-        "lr_cell", lr_h[h] + slope[gc, 2] * d_d + p["lr_unannealed"] * early, "lr_cell_sd",
+        "lr_cell", lr_h[h] + slope_h[h] * d_d + p["lr_unannealed"] * early, "lr_cell_sd",
         arrays["cell_has_lr"],
     )  # fmt: skip
     loss_c = effect(
@@ -289,6 +292,7 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
         centred = {
             "family_slope": truth["family_slope"], "best_batch": truth["best_batch"],
             "lr_shape": truth["lr_shape"] + _lr_law(truth, arrays),
+            "lr_tokens_shape": truth["lr_tokens_shape"] + truth["family_slope"][0, 2],
             "loss_shape": truth["loss_shape"] + _loss_law(truth, arrays),
             "lr_cell": truth["lr_cell"], "loss_cell": truth["loss_cell"],
             "lr_opt": truth["lr_opt"], "curvature_slice": truth["log_curvature"],

@@ -174,6 +174,8 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     d_s = design.log_sparsity - centre["log_sparsity"]
     lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s
     lr_at_shape = normal(lr_law, "lr_shape_sd", design.num_shapes)
+    lr_tokens = normal(slope[g, 2], "lr_tokens_shape_sd", design.num_shapes)
+    lr_tokens_shape = lr_tokens - slope[g, 2]
     loss_law = loss_level[g] + p["loss_n_active"][g] * np.expm1(
         -p["loss_exponent_n_active"][g] * d_n
     )
@@ -189,7 +191,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "best_batch_cell_sd", design.num_cells,
     )  # fmt: skip
     lr_cell = normal(
-        lr_at_shape[h] + slope[g, 2] * d_d + p["lr_unannealed"] * early,
+        lr_at_shape[h] + lr_tokens[h] * d_d + p["lr_unannealed"] * early,
         "lr_cell_sd", design.num_cells,
     )  # fmt: skip
     loss_cell = normal(
@@ -221,7 +223,8 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "lr_level": lr_level, "best_batch_level": best_batch_level,
         "log_curvature_level": log_curvature_level, "log_skew": log_skew,
         "log_edge_offset": log_edge_offset, "loss_level": loss_level, "family_slope": slope,
-        "lr_shape": lr_at_shape - lr_law, "loss_shape": loss_at_shape - loss_law,
+        "lr_shape": lr_at_shape - lr_law, "lr_tokens_shape": lr_tokens_shape,
+        "loss_shape": loss_at_shape - loss_law,
         "best_batch": best_batch, "lr_cell": lr_cell, "loss_cell": loss_cell,
         "lr_opt": lr_opt, "log_curvature": log_curvature, "floor": floor,
         "_edge": lr_cell[c] + zero_knee + p["edge_batch"] * (knee - zero_knee)

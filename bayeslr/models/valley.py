@@ -4,7 +4,8 @@
 table of the same (padded) sizes. Level by level, g a family, h a shape, c a cell, s a slice:
 
     ln LR*_s  = lr_cell_c + knee(z_s) + e_s,     z_s = ln batch_s - best_batch_c
-    lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c + e_h + e_c
+    lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c + e_h + e_c,
+                the exponent in tokens with a deviation of shape h
     floor_s   ~ loss_cell_c + penalty(z_s) - penalty(zero_c) + e_s
     loss_cell_c ~ loss-token law + e_h + e_c,    zero_c = centre of ln batch - best_batch_c
     loss_i    ~ StudentT(floor_s + excess(u_i), noise + share of the excess),  u_i = ln LR_i - LR*_s
@@ -62,6 +63,7 @@ OUTPUTS = {
     "loss_level": ("family",),
     "family_slope": ("family", "slope"),
     "lr_shape": ("shape",),
+    "lr_tokens_shape": ("shape",),
     "loss_shape": ("shape",),
     "best_batch": ("cell",),
     "lr_cell": ("cell",),
@@ -117,6 +119,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "shape_d_n_active": design.log_n_active - mid["log_n_active"],
         "shape_d_sparsity": design.log_sparsity - mid["log_sparsity"],
         "shape_has_lr": slices_in_shape / (slices_in_shape + 3.0),
+        "shape_has_slope": _centring(design.log_tokens, shape_of_cell, design.num_shapes),
         "shape_has_floor": cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
         "centre": np.array([mid[name] for name in REGRESSORS]),
@@ -134,29 +137,39 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
     return arrays
 
 
-def _slope_centring(design: Design) -> NDArray[np.float64]:
-    """Share (family, slope) by which a family's exponents are centred: how well its data tell them.
+# A regression's scatter between groups, and the spread of exponents between families or shapes.
+_SCATTER, _BETWEEN = 0.15, 0.08
 
-    1 / (1 + (standard error / between-family sd)^2), the standard error being that of a regression
-    on the groups that carry the regressor, with a scatter of 0.15 between them.
+
+def _centring(
+    regressor: NDArray[np.float64], group: NDArray[np.int64], num_groups: int
+) -> NDArray[np.float64]:
+    """Share (group,) by which a group's exponent is centred: how well its own data tell it.
+
+    1 / (1 + (standard error / spread between groups)^2) of a regression on the group's members.
     """
-    scatter, between = 0.15, 0.08
+    share = np.zeros(num_groups)
+    for g in range(num_groups):
+        values = regressor[group == g]
+        information = len(values) * float(np.var(values)) / _SCATTER**2
+        share[g] = 1.0 / (1.0 + 1.0 / (_BETWEEN**2 * information + 1e-9))
+    return share
+
+
+def _slope_centring(design: Design) -> NDArray[np.float64]:
+    """Share (family, slope) by which each exponent of a family is centred."""
     family_of_cell = design.family_of_shape[design.shape_of_cell]
-    below = design.log_batch - np.mean(design.log_batch)
+    off_mean = design.log_batch - np.mean(design.log_batch)
     carriers = (
         (design.log_n_active, design.family_of_shape),
         (design.log_sparsity, design.family_of_shape),
         (design.log_tokens, family_of_cell),
-        (np.minimum(below, 0.0), design.family_of_slice),
-        (np.maximum(below, 0.0), design.family_of_slice),
+        (np.minimum(off_mean, 0.0), design.family_of_slice),
+        (np.maximum(off_mean, 0.0), design.family_of_slice),
     )
-    share = np.zeros((len(design.families), len(SLOPES)))
-    for j, (regressor, family) in enumerate(carriers):
-        for g in range(len(design.families)):
-            values = regressor[family == g]
-            information = len(values) * float(np.var(values)) / scatter**2
-            share[g, j] = 1.0 / (1.0 + 1.0 / (between**2 * information + 1e-9))
-    return share
+    return np.stack(
+        [_centring(values, group, len(design.families)) for values, group in carriers], axis=1
+    )
 
 
 def sizes_of(design: Design) -> dict[str, int]:
@@ -266,6 +279,14 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             "lr_shape", lr_law_h, p["lr_shape_sd"], data["shape_has_lr"], num_shapes
         )
         pm.Deterministic("lr_shape", lr_at_shape - lr_law_h)
+        lr_tokens_h = _effect(
+            "lr_tokens_shape",
+            slope_h[:, 2],
+            p["lr_tokens_shape_sd"],
+            data["shape_has_slope"],
+            num_shapes,
+        )
+        pm.Deterministic("lr_tokens_shape", lr_tokens_h - slope_h[:, 2])
         loss_level = pm.Flat("loss_level", shape=num_families)
         irreducible = prior["loss_irreducible"]
         pm.Potential(
@@ -302,7 +323,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             _effect(
                 "lr_cell",
                 lr_at_shape[cell_shape]
-                + family_slope[cell_family][:, 2] * d_d
+                + lr_tokens_h[cell_shape] * d_d
                 + p["lr_unannealed"] * data["cell_unannealed"],
                 p["lr_cell_sd"],
                 data["cell_has_lr"],
