@@ -98,7 +98,7 @@ def made_up_posterior(families: tuple[str, ...] = ("one",), *, r_hat: bool = Tru
         "lr_level": lr_opt.mean(), "best_batch_level": math.log(2.6e5),
         "log_curvature_level": math.log(0.03), "log_skew": math.log(0.3),
         "log_edge_offset": math.log(1.8), "loss_level": 2.5, "family_slope": [*slopes.values()],
-        "lr_shape": 0.0, "loss_shape": 0.0, "best_batch": math.log(2.6e5),
+        "lr_shape": 0.0, "lr_tokens_shape": 0.0, "loss_shape": 0.0, "best_batch": math.log(2.6e5),
         "lr_cell": lr_opt.mean(), "loss_cell": 2.5, "lr_opt": lr_opt,
         "log_curvature": math.log(0.03), "floor": 2.5,
     }  # fmt: skip
