@@ -28,7 +28,7 @@ from bayeslr.models import valley
 from bayeslr.models.simulate import PlannedSlice, Simulation, simulate
 from bayeslr.posterior import LOOP_GATE, make_posterior, mixed
 from bayeslr.predict import predict, target_draws
-from bayeslr.priors import Prior, load_prior
+from bayeslr.priors import OUTPUTS, SLOPES, Prior, load_prior
 from bayeslr.runs import make_table
 from bayeslr.sampling import compile_model, configure_jax, find_mode, sample, whitening
 from bayeslr.specs import Target
@@ -392,9 +392,8 @@ def _fit(runs: RunTable, card: Prior, *, seed: int,
     mode, hessian = find_mode(compiled[key], arrays, card)
 
     def unpadded(draws: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        levels = valley.OUTPUTS
         return {
-            name: values[:, :, : own[levels[name][0]]] if name in levels else values
+            name: values[:, :, : own[OUTPUTS[name][0]]] if name in OUTPUTS else values
             for name, values in draws.items()
         }
 
@@ -416,7 +415,7 @@ def _judge(drawn: Simulation, posterior: Posterior, targets: Sequence[Target],
     for name, truth in drawn.truth.items():
         draws = posterior.draws[name].to_numpy()
         if truth.ndim == 2:
-            for j, slope in enumerate(valley.SLOPES):
+            for j, slope in enumerate(SLOPES):
                 label = f"{name}[{slope}]"
                 pit[label] = rank_share(draws[:, :, 0, j], float(truth[0, j]), rng)
         else:

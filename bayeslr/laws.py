@@ -10,6 +10,9 @@ from typing import Any
 
 import numpy as np
 
+# How sharply the two slopes of the batch knee meet: the bend is over within an e-fold of batch.
+KNEE_SHARPNESS = 2.0
+
 # Beyond exp(30) every loss is absurd: the cap keeps far starts and far LRs finite.
 _MAX_EXPONENT = 30.0
 
@@ -39,12 +42,12 @@ def softplus(x: Any, xp: Any = np) -> Any:
     return 0.5 * (x + magnitude) + xp.log1p(xp.exp(-magnitude))
 
 
-def batch_knee(z: Any, slope_below: Any, slope_above: Any, sharpness: float, xp: Any = np) -> Any:
+def batch_knee(z: Any, slope_below: Any, slope_above: Any, xp: Any = np) -> Any:
     """Shift of ln LR* at z = ln(batch / best batch): two slopes joined smoothly at z = 0.
 
     Below the best batch noise limits the step and LR* grows like a power of the batch; above it
     the growth dies down. Zero at z = 0. The surge rule of Li et al. 2024 (arXiv 2405.14578) has
     slopes 1/2 and -1/2.
     """
-    above = (softplus(sharpness * z, xp) - np.log(2.0)) / sharpness
+    above = (softplus(KNEE_SHARPNESS * z, xp) - np.log(2.0)) / KNEE_SHARPNESS
     return slope_below * z + (slope_above - slope_below) * above

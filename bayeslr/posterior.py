@@ -23,7 +23,7 @@ import xarray as xr
 
 from bayeslr.errors import BayeslrError, DataError, StorageError
 from bayeslr.features import REGRESSORS, Design, build_design
-from bayeslr.priors import Distribution, Prior
+from bayeslr.priors import OUTPUTS, SLOPES, Distribution, Prior
 from bayeslr.runs import RunTable, identifiability, read_runs
 
 if TYPE_CHECKING:
@@ -49,16 +49,6 @@ class Gate:
 # quantile to a tenth of an sd. A loop asks which run is worth more, and is soon asked again.
 REPORT_GATE = Gate(max_r_hat=1.02, min_effective_draws=200.0, max_divergent_share=0.02)
 LOOP_GATE = Gate(max_r_hat=1.05, min_effective_draws=60.0, max_divergent_share=0.05)
-
-SLOPE_NAMES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
-
-_DIMS: dict[str, tuple[str, ...]] = {
-    "family_slope": ("family", "slope"),
-    "coefficient": ("regressor",),
-    "lr_shape": ("shape",), "lr_tokens_shape": ("shape",), "loss_shape": ("shape",),
-    "best_batch": ("cell",), "lr_cell": ("cell",), "loss_cell": ("cell",),
-    "lr_opt": ("slice",), "log_curvature": ("slice",), "floor": ("slice",),
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,7 +110,7 @@ def make_posterior(
     dataset = _as_dataset(draws)
     coords: dict[str, Any] = {}
     if "slope" in dataset.dims:
-        coords["slope"] = list(SLOPE_NAMES)
+        coords["slope"] = list(SLOPES)
     if "family" in dataset.dims:
         coords["family"] = list(families)
     if "regressor" in dataset.dims:
@@ -187,7 +177,10 @@ def mixed(draws: Mapping[str, NDArray[np.float64]], gate: Gate) -> bool:
 
 
 def _dims_of(name: str, values: NDArray[np.float64]) -> tuple[str, ...]:
-    return _DIMS.get(name, ("family",) if values.ndim == 3 else ())
+    if name == "coefficient":
+        return ("regressor",)
+    # A card alone knows no families: what a fit draws for each is drawn once.
+    return OUTPUTS.get(name, ("family",)) if values.ndim > 2 else ()
 
 
 def _convention(runs: RunTable | None) -> str | None:

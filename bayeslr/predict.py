@@ -18,9 +18,8 @@ import numpy as np
 from bayeslr import laws
 from bayeslr.errors import DataError, SpecError
 from bayeslr.features import REGRESSORS
-from bayeslr.models.valley import KNEE_SHARPNESS, PER_FAMILY, SLOPES
 from bayeslr.posterior import Posterior, make_posterior, require_convention
-from bayeslr.priors import Prior, load_prior
+from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
 from bayeslr.specs import Target
 from bayeslr.units import format_quantity
 
@@ -297,12 +296,12 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
             )  # fmt: skip
         z = x["log_batch"][t] - best_batch
         slopes = of_family("lr_batch_below", g), of_family("lr_batch_above", g)
-        knee = laws.batch_knee(z, *slopes, KNEE_SHARPNESS)
+        knee = laws.batch_knee(z, *slopes)
         # Floor, curvature and edge are stated at the data's mean batch; a card alone has none, and
         # states them at the best batch.
         d_batch = x["log_batch"][t] - centre["log_batch"] if "log_batch" in centre else z
         zero = z - d_batch
-        zero_knee = laws.batch_knee(zero, *slopes, KNEE_SHARPNESS)
+        zero_knee = laws.batch_knee(zero, *slopes)
         if s is not None:
             out["log_lr"][:, t] = draws["lr_opt"][:, s]
             out["log_curvature"][:, t] = draws["log_curvature"][:, s]

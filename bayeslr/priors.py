@@ -154,6 +154,36 @@ PARAMETERS: dict[str, str] = {
     "noise_dof": "degrees of freedom of the noise, above one",
 }
 
+# Exponents that differ between families by ``lr_slope_family_sd``.
+SLOPES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
+
+# Drawn once a family, from the card, independently: losses of two families are not comparable.
+PER_FAMILY = (
+    "loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens",
+    "penalty_scale", "noise_sd",
+)  # fmt: skip
+
+# What the posterior keeps beyond the parameters of the card, and the index of each.
+OUTPUTS = {
+    "lr_level": ("family",),
+    "best_batch_level": ("family",),
+    "log_curvature_level": ("family",),
+    "log_skew": ("family",),
+    "log_edge_offset": ("family",),
+    "loss_level": ("family",),
+    "family_slope": ("family", "slope"),
+    "lr_shape": ("shape",),
+    "lr_tokens_shape": ("shape",),
+    "loss_shape": ("shape",),
+    "best_batch": ("cell",),
+    "lr_cell": ("cell",),
+    "loss_cell": ("cell",),
+    "lr_opt": ("slice",),
+    "log_curvature": ("slice",),
+    "floor": ("slice",),
+    **dict.fromkeys(PER_FAMILY, ("family",)),
+}
+
 
 def _folder() -> Path:
     """Folder of the shipped cards: in the wheel, else in the checkout beside pyproject.toml."""

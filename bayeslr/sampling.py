@@ -22,7 +22,7 @@ from bayeslr.errors import SpecError
 from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
 from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
-from bayeslr.priors import Prior, load_prior
+from bayeslr.priors import OUTPUTS, Prior, load_prior
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -491,6 +491,6 @@ def _padded(sizes: Mapping[str, int]) -> dict[str, int]:
 def _unpadded(draws: Mapping[str, FloatArray], sizes: Mapping[str, int]) -> dict[str, FloatArray]:
     kept = {}
     for name, values in draws.items():
-        levels = valley.OUTPUTS.get(name)
+        levels = OUTPUTS.get(name)
         kept[name] = values[:, :, : sizes[levels[0]]] if levels else values
     return kept

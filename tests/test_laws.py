@@ -46,16 +46,16 @@ def test_valley_excess_is_curvature_times_u_squared_at_the_bottom() -> None:
 
 def test_knee_has_its_two_slopes() -> None:
     def slope(z: float) -> float:
-        return float(batch_knee(z + 0.5, 0.65, 0.15, 2.0) - batch_knee(z - 0.5, 0.65, 0.15, 2.0))
+        return float(batch_knee(z + 0.5, 0.65, 0.15) - batch_knee(z - 0.5, 0.65, 0.15))
 
     assert slope(-12.0) == pytest.approx(0.65, abs=1e-6)
     assert slope(12.0) == pytest.approx(0.15, abs=1e-6)
     assert 0.15 < slope(0.0) < 0.65
-    assert batch_knee(0.0, 0.65, 0.15, 2.0) == pytest.approx(0.0, abs=1e-15)
+    assert batch_knee(0.0, 0.65, 0.15) == pytest.approx(0.0, abs=1e-15)
 
 
 def test_knee_with_equal_slopes_is_a_line() -> None:
-    np.testing.assert_allclose(batch_knee(U, 0.4, 0.4, 2.0), 0.4 * U)
+    np.testing.assert_allclose(batch_knee(U, 0.4, 0.4), 0.4 * U)
 
 
 def test_softplus_does_not_overflow() -> None:
@@ -67,7 +67,7 @@ def test_tensors_give_the_same_numbers() -> None:
     u = pt.as_tensor_variable(U)
     for tensor, array in (
         (valley_excess(u, 0.03, 0.7, pt), valley_excess(U, 0.03, 0.7)),
-        (batch_knee(u, 0.65, 0.15, 2.0, pt), batch_knee(U, 0.65, 0.15, 2.0)),
+        (batch_knee(u, 0.65, 0.15, pt), batch_knee(U, 0.65, 0.15)),
         (softplus(u, pt), softplus(U)),
     ):
         np.testing.assert_allclose(tensor.eval(mode="FAST_COMPILE"), array, rtol=1e-12)

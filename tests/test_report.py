@@ -18,10 +18,9 @@ import pytest
 import bayeslr
 from bayeslr.errors import DataError, StorageError
 from bayeslr.features import build_design
-from bayeslr.models.valley import OUTPUTS, PER_FAMILY, SLOPES
 from bayeslr.posterior import Posterior, make_posterior
 from bayeslr.predict import predict, prior_posterior
-from bayeslr.priors import load_prior
+from bayeslr.priors import OUTPUTS, PER_FAMILY, SLOPES, load_prior
 from bayeslr.report import figures, render, report
 from bayeslr.report.published import PUBLISHED_LAWS
 from bayeslr.report.scaling import law_draws

@@ -11,7 +11,7 @@ from bayeslr.errors import DataError, SpecError
 from bayeslr.models import valley
 from bayeslr.models.simulate import card_log_lr
 from bayeslr.posterior import Posterior
-from bayeslr.priors import Prior
+from bayeslr.priors import OUTPUTS, SLOPES, Prior
 from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import _padded, fit
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
@@ -36,9 +36,9 @@ def test_all_outputs_are_there_in_the_sizes_of_the_data(posterior: Posterior) ->
     design = posterior.design
     assert design is not None
     sizes = valley.sizes_of(design)
-    for name, levels in valley.OUTPUTS.items():
+    for name, levels in OUTPUTS.items():
         for level, size in zip(levels, posterior.draws[name].shape[2:], strict=True):
-            assert size == (len(valley.SLOPES) if level == "slope" else sizes[level]), name
+            assert size == (len(SLOPES) if level == "slope" else sizes[level]), name
     assert all(bool(np.isfinite(v).all()) for v in posterior.draws.data_vars.values())
 
 

@@ -300,7 +300,7 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
         }  # fmt: skip
         zero = arrays["centre"][3] - truth["best_batch_level"]
         below, above = truth["family_slope"][:, 3], truth["family_slope"][:, 4]
-        anchor = truth["lr_level"] + laws.batch_knee(zero, below, above, valley.KNEE_SHARPNESS)
+        anchor = truth["lr_level"] + laws.batch_knee(zero, below, above)
         x = np.empty(compiled.size)
         for name in compiled.names:
             if name == "lr_anchor":

@@ -16,7 +16,7 @@ import numpy as np
 
 from bayeslr import laws
 from bayeslr.features import Design, build_design
-from bayeslr.models.valley import KNEE_SHARPNESS, PER_FAMILY, SLOPES
+from bayeslr.priors import PER_FAMILY, SLOPES
 from bayeslr.runs import make_table
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def card_log_lr(prior: Prior, n_active: float, n_total: float, tokens: float,
 
     best_batch = at("best_batch_intercept") + at("best_batch_n_active") * d_n
     z = np.log(batch_tokens) - best_batch - at("best_batch_tokens") * d_d
-    knee = laws.batch_knee(z, at("lr_batch_below"), at("lr_batch_above"), KNEE_SHARPNESS)
+    knee = laws.batch_knee(z, at("lr_batch_below"), at("lr_batch_above"))
     level = at("lr_intercept") + at("lr_n_active") * d_n + at("lr_sparsity") * d_s
     return float(level + at("lr_tokens") * d_d + knee)
 
@@ -204,9 +204,9 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     c = design.cell_of_slice
     g, d_n, d_d = g[c], d_n[c], d_d[c]
     z = design.log_batch - best_batch[c]
-    knee = laws.batch_knee(z, slope[g, 3], slope[g, 4], KNEE_SHARPNESS)
+    knee = laws.batch_knee(z, slope[g, 3], slope[g, 4])
     zero = centre["log_batch"] - best_batch[c]
-    zero_knee = laws.batch_knee(zero, slope[g, 3], slope[g, 4], KNEE_SHARPNESS)
+    zero_knee = laws.batch_knee(zero, slope[g, 3], slope[g, 4])
     lr_opt = normal(lr_cell[c] + knee, "lr_slice_sd", design.num_slices)
     log_curvature = normal(
         log_curvature_level[g] + p["curvature_n_active"] * d_n + p["curvature_tokens"] * d_d

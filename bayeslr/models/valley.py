@@ -29,6 +29,7 @@ import pytensor.tensor as pt
 
 from bayeslr import laws
 from bayeslr.features import REGRESSORS
+from bayeslr.priors import PER_FAMILY, SLOPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,41 +39,8 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, NDArray[Any]]
 
-# How sharply the two slopes of the batch knee meet: the bend is over within an e-fold of batch.
-KNEE_SHARPNESS = 2.0
-
-# Exponents that differ between families by ``lr_slope_family_sd``.
-SLOPES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
-
-# Drawn once a family, from the card, independently: losses of two families are not comparable.
-PER_FAMILY = (
-    "loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens",
-    "penalty_scale", "noise_sd",
-)  # fmt: skip
-
 # Known through the levels below, or with a potential of their own.
 _NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
-
-# What the posterior keeps beyond the parameters of the card, and the index of each.
-OUTPUTS = {
-    "lr_level": ("family",),
-    "best_batch_level": ("family",),
-    "log_curvature_level": ("family",),
-    "log_skew": ("family",),
-    "log_edge_offset": ("family",),
-    "loss_level": ("family",),
-    "family_slope": ("family", "slope"),
-    "lr_shape": ("shape",),
-    "lr_tokens_shape": ("shape",),
-    "loss_shape": ("shape",),
-    "best_batch": ("cell",),
-    "lr_cell": ("cell",),
-    "loss_cell": ("cell",),
-    "lr_opt": ("slice",),
-    "log_curvature": ("slice",),
-    "floor": ("slice",),
-    **dict.fromkeys(PER_FAMILY, ("family",)),
-}
 
 
 def centre(design: Design) -> dict[str, float]:
@@ -253,8 +221,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         lr_anchor = pm.Flat("lr_anchor", shape=num_families)
         lr_level = pm.Deterministic(
             "lr_level",
-            lr_anchor
-            - laws.batch_knee(zero_g, family_slope[:, 3], family_slope[:, 4], KNEE_SHARPNESS, pt),
+            lr_anchor - laws.batch_knee(zero_g, family_slope[:, 3], family_slope[:, 4], pt),
         )
         lr_population = (
             p["lr_intercept"]
@@ -347,9 +314,9 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         # Slices: optimum, curvature, floor.
         z = data["slice_log_batch"] - best_batch[slice_cell]
         slope_s = family_slope[slice_family]
-        knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], KNEE_SHARPNESS, pt)
+        knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], pt)
         zero = data["centre"][3] - best_batch[slice_cell]
-        zero_knee = laws.batch_knee(zero, slope_s[:, 3], slope_s[:, 4], KNEE_SHARPNESS, pt)
+        zero_knee = laws.batch_knee(zero, slope_s[:, 3], slope_s[:, 4], pt)
         lr_opt = pm.Deterministic("lr_opt", _effect(
             "lr_opt", lr_cell[slice_cell] + knee, p["lr_slice_sd"], data["slice_has_lr"],
             num_slices,

@@ -11,8 +11,7 @@ import numpy as np
 
 from bayeslr import laws, predict
 from bayeslr.features import REGRESSORS
-from bayeslr.models.valley import KNEE_SHARPNESS, PER_FAMILY, SLOPES
-from bayeslr.priors import PARAMETERS
+from bayeslr.priors import PARAMETERS, PER_FAMILY, SLOPES
 from bayeslr.report import figures
 from bayeslr.report.published import PUBLISHED_EXPONENTS, PUBLISHED_LAWS
 from bayeslr.report.slices import QUANTILES, Slice
@@ -70,7 +69,7 @@ def law_draws(posterior: Posterior, family: int, x: dict[str, FloatArray]) -> Fl
         + column["best_batch_tokens"] * d_d
     )
     level = posterior.flat("lr_level")[:, family, None] + b_n * d_n + b_s * d_s + b_d * d_d
-    knee = laws.batch_knee(x["log_batch"] - best_batch, below, above, KNEE_SHARPNESS)
+    knee = laws.batch_knee(x["log_batch"] - best_batch, below, above)
     return np.asarray(level + knee, dtype=np.float64)
 
 
