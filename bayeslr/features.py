@@ -91,6 +91,12 @@ class Design:
         """Family of each slice (slice,)."""
         return self.family_of_shape[self.shape_of_slice]
 
+    @property
+    def shape_log_tokens(self) -> FloatArray:
+        """Mean ln tokens over the cells of each shape (shape,)."""
+        total = np.bincount(self.shape_of_cell, self.log_tokens, minlength=self.num_shapes)
+        return total / np.bincount(self.shape_of_cell, minlength=self.num_shapes)
+
     def slice_features(self) -> dict[str, FloatArray]:
         """The four regressors at slice level, each (slice,)."""
         shape = self.shape_of_slice

@@ -21,7 +21,7 @@ from bayeslr.features import REGRESSORS
 from bayeslr.posterior import Posterior, make_posterior, require_convention
 from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
 from bayeslr.specs import Target
-from bayeslr.units import format_quantity
+from bayeslr.units import format_lr, format_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -202,7 +202,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     x = _features(targets)
     families = [family_of(posterior, target) for target in targets]
     effects = _Effects(int(posterior.info["seed"]), num_draws)
-    measured = _measured(posterior)
+    measured, design = _measured(posterior), posterior.design
     away = {k: centre[k] - reference[k] for k in reference}
 
     def population(name: str) -> FloatArray:
@@ -272,15 +272,17 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
                 draws["lr_shape"][:, h] if h is not None
                 else draws["lr_shape_sd"] * effects.normal(("shape", g, where[:2]))
             )  # fmt: skip
-            lr_tokens_shape = (
-                draws["lr_tokens_shape"][:, h] if h is not None
-                else draws["lr_tokens_shape_sd"] * effects.normal(("tokens", g, where[:2]))
-            )  # fmt: skip
+            # What is peculiar to a shape is stated at its own tokens: a new one has no others.
+            drift = 0.0
+            if h is not None and design is not None:
+                drift = draws["lr_tokens_shape"][:, h] * (
+                    x["log_tokens"][t] - design.shape_log_tokens[h]
+                )
             lr_cell = (
                 of_family("lr_level", g) + of_family("lr_n_active", g) * d_n
                 + of_family("lr_sparsity", g) * d_s
-                + (of_family("lr_tokens", g) + lr_tokens_shape) * d_d
-                + lr_shape + draws["lr_cell_sd"] * effects.normal(("cell", g, where[:3]))
+                + of_family("lr_tokens", g) * d_d
+                + lr_shape + drift + draws["lr_cell_sd"] * effects.normal(("cell", g, where[:3]))
             )  # fmt: skip
             exponent_n = of_family("loss_exponent_n_active", g)
             exponent_d = of_family("loss_exponent_tokens", g)
@@ -511,9 +513,10 @@ def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
     )  # fmt: skip
     return (
         f"Train {size} parameters on {format_quantity(target.tokens)} tokens at batch "
-        f"{format_quantity(target.batch_tokens)} with a peak LR of {row['lr']:.2e}{level}: the "
-        f"optimum lies between {row['lr_q05']:.2e} and {row['lr_q95']:.2e} with 90 % probability; "
-        f"not knowing it costs an expected {row['regret_mean']:.4f} nats, as much as "
+        f"{format_quantity(target.batch_tokens)} with a peak LR of "
+        f"{format_lr(row['lr'])}{level}: the optimum lies between {format_lr(row['lr_q05'])} and "
+        f"{format_lr(row['lr_q95'])} with 90 % probability; not knowing it costs an "
+        f"expected {row['regret_mean']:.4f} nats, as much as "
         f"{100 * row['extra_tokens']:.1f} % more tokens, and the risk of divergence is "
         f"{risk_text}; {reach}."
     )

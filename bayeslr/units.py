@@ -49,6 +49,12 @@ def format_quantity(number: float) -> str:
     return f"{number:.4g}"
 
 
+def format_lr(lr: float) -> str:
+    """An LR to three figures: ``5.60e-4``."""
+    mantissa, exponent = f"{lr:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
 def train_flops(n_active: float, tokens: float) -> float:
     """FLOPs of training: 6 per active parameter and token (Kaplan et al. 2020, section 2.1)."""
     return 6.0 * n_active * tokens

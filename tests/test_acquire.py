@@ -156,7 +156,7 @@ def test_runs_that_diverge_are_told(posterior: Posterior) -> None:
 
 def test_the_prior_alone_expects_more_regret_than_a_fit(posterior: Posterior) -> None:
     alone, fitted = (
-        choose(p, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=1)
+        choose(p, pool(), [target()], num_runs=3, budget_flops=1e21, seed=1)
         for p in (prior_posterior("moe-default", num_draws=600), posterior)
     )
     assert alone.regret_now > fitted.regret_now

@@ -22,6 +22,7 @@ from bayeslr.predict import (
     regret_draws,
     target_draws,
 )
+from bayeslr.units import format_lr
 from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target
 
 KNOWN = {
@@ -183,7 +184,7 @@ def test_a_target_below_the_data_says_so(posterior: Posterior) -> None:
 
 def test_the_sentence_can_be_quoted(posterior: Posterior) -> None:
     row = predict(posterior, [target()]).iloc[0]
-    for part in ("600M active of 4.8B", "48B tokens", f"{row['lr']:.2e}", "90 % probability",
+    for part in ("600M active of 4.8B", "48B tokens", format_lr(row["lr"]), "90 % probability",
                  "nats", "more tokens", "divergence"):  # fmt: skip
         assert part in row["sentence"]
 

@@ -26,10 +26,11 @@ from bayeslr.report.published import PUBLISHED_LAWS
 from bayeslr.report.scaling import law_draws
 from bayeslr.report.slices import MAX_VALLEYS, read_slices
 from bayeslr.report.targets import example_target
-from bayeslr.report.text import interval_text, lr_text, share_text
+from bayeslr.report.text import interval_text, share_text
 from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import fit
 from bayeslr.specs import Target
+from bayeslr.units import format_lr
 from tests.chromium import Page, chromium_page, find_chromium
 
 CENTRE_LR = 2e-3
@@ -180,7 +181,7 @@ def test_nothing_is_loaded_from_elsewhere(html: str) -> None:
 def test_the_first_screen_says_the_answer(html: str, posterior: Posterior) -> None:
     row = predict(posterior, [TARGET]).iloc[0]
     before_choice = html[: html.index('id="choice"')]
-    assert f'<span class="number">{lr_text(row["lr"])}</span>' in before_choice
+    assert f'<span class="number">{format_lr(row["lr"])}</span>' in before_choice
     assert interval_text(row["lr_q05"], row["lr_q95"]) in before_choice
     assert interval_text(row["lr_q25"], row["lr_q75"]) in before_choice
     assert share_text(row["extra_tokens"]) in before_choice

@@ -108,7 +108,8 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     )  # fmt: skip
     g, h, c, s = (arrays[k] for k in ("shape_family", "cell_shape", "slice_cell", "run_slice"))
     d_n, d_s, d_d = (arrays[k] for k in ("shape_d_n_active", "shape_d_sparsity", "cell_d_tokens"))
-    lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s
+    of_shape = arrays["shape_d_tokens"]
+    lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s + slope[g, 2] * of_shape
     lr_h = effect("lr_shape", lr_law, "lr_shape_sd", arrays["shape_has_lr"])
     slope_h = effect(
         "lr_tokens_shape", slope[g, 2], "lr_tokens_shape_sd", arrays["shape_has_slope"]
@@ -128,8 +129,8 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     )  # fmt: skip
     early = arrays["cell_unannealed"]
     lr_c = effect(
-        "lr_cell", lr_h[h] + slope_h[h] * d_d + p["lr_unannealed"] * early, "lr_cell_sd",
-        arrays["cell_has_lr"],
+        "lr_cell", lr_h[h] + slope_h[h] * (d_d - of_shape[h]) + p["lr_unannealed"] * early,
+        "lr_cell_sd", arrays["cell_has_lr"],
     )  # fmt: skip
     loss_c = effect(
         "loss_cell",
@@ -320,7 +321,7 @@ def _lr_law(truth: Point, arrays: valley.Arrays) -> NDArray[np.float64]:
     slope = truth["family_slope"][0]
     return np.asarray(
         truth["lr_level"][0] + slope[0] * arrays["shape_d_n_active"]
-        + slope[1] * arrays["shape_d_sparsity"]
+        + slope[1] * arrays["shape_d_sparsity"] + slope[2] * arrays["shape_d_tokens"]
     )  # fmt: skip
 
 

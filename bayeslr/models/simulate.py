@@ -172,7 +172,8 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     g = design.family_of_shape
     d_n = design.log_n_active - centre["log_n_active"]
     d_s = design.log_sparsity - centre["log_sparsity"]
-    lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s
+    of_shape = _shape_log_tokens(design, fitted) - centre["log_tokens"]
+    lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s + slope[g, 2] * of_shape
     lr_at_shape = normal(lr_law, "lr_shape_sd", design.num_shapes)
     lr_tokens = normal(slope[g, 2], "lr_tokens_shape_sd", design.num_shapes)
     lr_tokens_shape = lr_tokens - slope[g, 2]
@@ -191,7 +192,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "best_batch_cell_sd", design.num_cells,
     )  # fmt: skip
     lr_cell = normal(
-        lr_at_shape[h] + lr_tokens[h] * d_d + p["lr_unannealed"] * early,
+        lr_at_shape[h] + lr_tokens[h] * (d_d - of_shape[h]) + p["lr_unannealed"] * early,
         "lr_cell_sd", design.num_cells,
     )  # fmt: skip
     loss_cell = normal(
@@ -231,6 +232,15 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         + np.exp(log_edge_offset[g]),
         "_family": g.astype(float),
     }  # fmt: skip
+
+
+def _shape_log_tokens(design: Design, fitted: NDArray[np.int64]) -> FloatArray:
+    """Mean ln tokens of each shape over its cells that have runs; over all where none has."""
+    cells = np.unique(design.cell_of_slice[fitted])
+    mean = design.shape_log_tokens
+    for h in np.unique(design.shape_of_cell[cells]):
+        mean[h] = design.log_tokens[cells[design.shape_of_cell[cells] == h]].mean()
+    return mean
 
 
 def _runs(prior: Prior, layout: Sequence[PlannedSlice], where: NDArray[np.int64],

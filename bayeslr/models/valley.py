@@ -4,8 +4,8 @@
 table of the same (padded) sizes. Level by level, g a family, h a shape, c a cell, s a slice:
 
     ln LR*_s  = lr_cell_c + knee(z_s) + e_s,     z_s = ln batch_s - best_batch_c
-    lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c + e_h + e_c,
-                the exponent in tokens with a deviation of shape h
+    lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c
+                + e_h + d_h (ln tokens_c - mean over the cells of shape h) + e_c
     floor_s   ~ loss_cell_c + penalty(z_s) - penalty(zero_c) + e_s
     loss_cell_c ~ loss-token law + e_h + e_c,    zero_c = centre of ln batch - best_batch_c
     loss_i    ~ StudentT(floor_s + excess(u_i), noise + share of the excess),  u_i = ln LR_i - LR*_s
@@ -86,6 +86,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "shape_family": design.family_of_shape,
         "shape_d_n_active": design.log_n_active - mid["log_n_active"],
         "shape_d_sparsity": design.log_sparsity - mid["log_sparsity"],
+        "shape_d_tokens": design.shape_log_tokens - mid["log_tokens"],
         "shape_has_lr": slices_in_shape / (slices_in_shape + 3.0),
         "shape_has_slope": _centring(design.log_tokens, shape_of_cell, design.num_shapes),
         "shape_has_floor": cells_in_shape / (cells_in_shape + 1.0),
@@ -241,6 +242,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             lr_level[shape_family]
             + slope_h[:, 0] * data["shape_d_n_active"]
             + slope_h[:, 1] * data["shape_d_sparsity"]
+            + slope_h[:, 2] * data["shape_d_tokens"]
         )
         lr_at_shape = _effect(
             "lr_shape", lr_law_h, p["lr_shape_sd"], data["shape_has_lr"], num_shapes
@@ -290,7 +292,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             _effect(
                 "lr_cell",
                 lr_at_shape[cell_shape]
-                + lr_tokens_h[cell_shape] * d_d
+                + lr_tokens_h[cell_shape] * (d_d - data["shape_d_tokens"][cell_shape])
                 + p["lr_unannealed"] * data["cell_unannealed"],
                 p["lr_cell_sd"],
                 data["cell_has_lr"],

@@ -18,9 +18,10 @@ from bayeslr.predict import predict
 from bayeslr.report import provenance, scaling, slices, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
-from bayeslr.report.text import lr_text, plain_exponents, unbroken_numbers
+from bayeslr.report.text import unbroken_numbers
 from bayeslr.runs import write_atomically
 from bayeslr.specs import Target
+from bayeslr.units import format_lr
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -92,7 +93,7 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
     has_design = posterior.design is not None
     pictured = slices.nearest(posterior.design, all_slices, first) if posterior.design else []
     title = (
-        f"Peak LR for {first.target_id}: {lr_text(row['lr'])}"
+        f"Peak LR for {first.target_id}: {format_lr(row['lr'])}"
         if len(chosen) == 1
         else f"Peak LR for {len(chosen)} targets"
     )
@@ -101,8 +102,8 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "written_on": datetime.date.today().isoformat(),
         "title": title,
         "eyebrow": _eyebrow(posterior, bool(given)),
-        "sentence": plain_exponents(row["sentence"]),
-        "sentences": [plain_exponents(one["sentence"]) for one in predictions],
+        "sentence": row["sentence"],
+        "sentences": [one["sentence"] for one in predictions],
         "tiles": targets.tiles(posterior, row) if len(chosen) == 1 else [],
         "verdict": provenance.verdict(posterior, chosen, predictions),
         "targets": rows,

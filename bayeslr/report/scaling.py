@@ -15,9 +15,9 @@ from bayeslr.priors import PARAMETERS, PER_FAMILY, SLOPES
 from bayeslr.report import figures
 from bayeslr.report.published import PUBLISHED_EXPONENTS, PUBLISHED_LAWS
 from bayeslr.report.slices import QUANTILES, Slice
-from bayeslr.report.text import lr_text, signed
+from bayeslr.report.text import signed
 from bayeslr.specs import Target
-from bayeslr.units import format_quantity
+from bayeslr.units import format_lr, format_quantity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -146,9 +146,10 @@ def _scale_figure(
             xlabel=words,
             text=format_quantity,
             description=f"Optimal LR against {words}. At the target, {format_quantity(at_target)}, "
-            f"it lies between {lr_text(row['lr_q05'])} and {lr_text(row['lr_q95'])} with 90 % "
-            f"probability; the median falls from {lr_text(bands['q50'][0])} at "
-            f"{format_quantity(x[0])} to {lr_text(bands['q50'][-1])} at {format_quantity(x[-1])}.",
+            f"it lies between {format_lr(row['lr_q05'])} and {format_lr(row['lr_q95'])} with 90 % "
+            f"probability; the median falls from {format_lr(bands['q50'][0])} at "
+            f"{format_quantity(x[0])} to {format_lr(bands['q50'][-1])} at "
+            f"{format_quantity(x[-1])}.",
         ),
     }
 
@@ -202,7 +203,7 @@ def published_rows(target: Target, lr: float) -> list[dict[str, str]]:
         rows.append(
             {
                 "label": law.label,
-                "lr": lr_text(value),
+                "lr": format_lr(value),
                 "times": f"× {value / lr:.2g}",
                 "formula": law.formula,
                 "source": law.source,

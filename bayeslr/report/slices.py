@@ -11,9 +11,9 @@ import numpy as np
 from bayeslr import laws
 from bayeslr.models import two_stage
 from bayeslr.report import figures
-from bayeslr.report.text import interval_text, lr_text
+from bayeslr.report.text import interval_text
 from bayeslr.specs import Target
-from bayeslr.units import format_quantity
+from bayeslr.units import format_lr, format_quantity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -145,7 +145,7 @@ def valley_cards(posterior: Posterior, chosen: list[Slice]) -> list[dict[str, st
         family = design.families[int(design.family_of_slice[one.number])]
         everything = np.concatenate([one.lr, one.diverged_lr, list(one.star.values())])
         lr = np.geomspace(everything.min() / 1.25, everything.max() * 1.25, 120)
-        best = lr_text(one.best_lr) if one.best_lr is not None else "none"
+        best = format_lr(one.best_lr) if one.best_lr is not None else "none"
         optimum = (
             f"optimum {interval_text(one.star['q05'], one.star['q95'])} with 90 % probability"
             if one.star
@@ -204,8 +204,8 @@ def slice_rows(posterior: Posterior, slices: list[Slice]) -> list[dict[str, str 
                 "batch": format_quantity(x["log_batch"][s]),
                 "runs": len(one.lr) + len(one.diverged_lr),
                 "diverged": len(one.diverged_lr),
-                "best": lr_text(one.best_lr) if one.best_lr is not None else "none",
-                "optimum": lr_text(one.star["q50"]) if one.star else "none",
+                "best": format_lr(one.best_lr) if one.best_lr is not None else "none",
+                "optimum": format_lr(one.star["q50"]) if one.star else "none",
                 "interval_90": interval_text(one.star["q05"], one.star["q95"]) if one.star else "",
                 "edge": one.edge or "",
             }

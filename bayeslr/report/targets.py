@@ -14,13 +14,13 @@ from bayeslr.report.text import (
     extrapolation_text,
     factor_text,
     interval_text,
-    lr_text,
     nats_text,
     risk_text,
     scale_text,
     share_text,
 )
 from bayeslr.specs import Target
+from bayeslr.units import format_lr
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -82,7 +82,7 @@ def target_rows(
                 "name": target.target_id,
                 "scale": scale_text(target),
                 "family_note": _family_note(row),
-                "lr": lr_text(row["lr"]),
+                "lr": format_lr(row["lr"]),
                 "interval_50": interval_text(row["lr_q25"], row["lr_q75"]),
                 "interval_90": interval_text(row["lr_q05"], row["lr_q95"]),
                 "regret": nats_text(row["regret_mean"]),
@@ -94,7 +94,7 @@ def target_rows(
                 "strip": {**strip, "lr": min(max(place(row["lr"]), 0.0), 176.0)},
             }
         )
-    return rows, (lr_text(low), lr_text(high))
+    return rows, (format_lr(low), format_lr(high))
 
 
 def _family_note(row: dict[str, Any]) -> str:
@@ -116,8 +116,8 @@ def tiles(posterior: Posterior, row: dict[str, Any]) -> list[dict[str, str]]:
     return [
         {
             "label": "Recommended peak LR",
-            "value": lr_text(row["lr"]),
-            "note": f"median of the optimum {lr_text(row['lr_q50'])}",
+            "value": format_lr(row["lr"]),
+            "note": f"median of the optimum {format_lr(row['lr_q50'])}",
         },
         {
             "label": "50 % interval",
@@ -164,7 +164,7 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
         rows.append(
             {
                 "times": f"× {multiple:.2g}",
-                "lr": lr_text(multiple * lr),
+                "lr": format_lr(multiple * lr),
                 "regret": nats_text(float(nats.mean())),
                 "regret_q95": nats_text(float(np.quantile(nats, 0.95))),
                 "extra_tokens": share_text(float(extra)),
@@ -187,8 +187,8 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
             q95=np.quantile(curve, 0.95, axis=1),
             p_diverge=risks,
             choice=lr,
-            description=f"Expected regret of each LR. It is least at {lr_text(lr)}; at half of it "
-            f"{half} nats, at twice it {double} nats.",
+            description=f"Expected regret of each LR. It is least at {format_lr(lr)}; at half of "
+            f"it {half} nats, at twice it {double} nats.",
         ),
         "caption": "Line: expected regret. Band: 90 % of the posterior. Diamond: the recommended "
         "LR. Below: probability that the run diverges; one that does is charged the nats that "

@@ -8,12 +8,7 @@ import re
 from markupsafe import Markup
 
 from bayeslr.specs import Target
-from bayeslr.units import format_quantity
-
-
-def plain_exponents(text: str) -> str:
-    """``5.60e-04`` as ``5.60e-4``, wherever it stands in a text."""
-    return re.sub(r"(?<=\d)e([+-])0(\d)\b", r"e\1\2", text)
+from bayeslr.units import format_lr, format_quantity
 
 
 def unbroken_numbers(text: str) -> Markup:
@@ -25,14 +20,9 @@ def unbroken_numbers(text: str) -> Markup:
     )
 
 
-def lr_text(lr: float) -> str:
-    """An LR to three figures: ``5.60e-4``."""
-    return plain_exponents(f"{lr:.2e}")
-
-
 def interval_text(low: float, high: float) -> str:
     """Two LRs with a dash."""
-    return f"{lr_text(low)} – {lr_text(high)}"
+    return f"{format_lr(low)} – {format_lr(high)}"
 
 
 def factor_text(low: float, high: float) -> str:
