@@ -14,7 +14,9 @@ from bayeslr.predict import predict, prior_posterior
 from bayeslr.priors import PARAMETERS, Prior, list_priors, load_prior
 from bayeslr.specs import Target
 
-CARDS = ("dense-default", "moe-default", "no-steplaw", "steplaw", "weak", "zhou2026")
+CARDS = (
+    "dense-default", "moe-default", "no-steplaw", "steplaw", "transfer", "weak", "zhou2026",
+)  # fmt: skip
 ENTRY = """
 [parameters.lr_tokens]
 distribution = "normal"
