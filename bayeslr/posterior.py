@@ -214,12 +214,7 @@ def diagnose(dataset: xr.Dataset) -> dict[str, Any]:
 
     Returns: per-variable worst values, the overall worst, and which variable it is.
     """
-    import warnings
-
-    with warnings.catch_warnings():
-        # ArviZ 0.23 announces its own next version on import.
-        warnings.simplefilter("ignore", FutureWarning)
-        import arviz as az
+    az = _arviz()
     chosen = dataset[reported(dataset)].drop_vars(["family", "slope"], errors="ignore")
     worst: dict[str, dict[str, float]] = {}
     r_hat = az.rhat(chosen)
@@ -242,6 +237,30 @@ def diagnose(dataset: xr.Dataset) -> dict[str, Any]:
         "min_ess_of": by_ess,
         "variables": worst,
     }
+
+
+def smoothed_weights(log_ratios: NDArray[np.float64]) -> tuple[NDArray[np.float64], float]:
+    """Normalised importance weights (draw,) and their Pareto k (Vehtari et al. 2024).
+
+    Above k of 0.7 the weighted draws say nothing.
+    """
+    az = _arviz()
+    if hasattr(az, "psislw"):
+        log_weights, k = az.psislw(log_ratios)
+    else:  # ArviZ 1 keeps it on arrays alone.
+        log_weights, k = importlib.import_module("arviz_stats.base").array_stats.psislw(log_ratios)
+    weights = np.exp(np.asarray(log_weights) - np.max(log_weights))
+    return weights / weights.sum(), float(k)
+
+
+def _arviz() -> Any:
+    import warnings
+
+    with warnings.catch_warnings():
+        # ArviZ 0.23 announces its own next version on import.
+        warnings.simplefilter("ignore", FutureWarning)
+        import arviz
+    return arviz
 
 
 def _dataset(found: Any) -> xr.Dataset:

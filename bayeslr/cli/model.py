@@ -45,10 +45,10 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Update a prior card with runs; write the fit folder. Exit code 4: not trustworthy."""
-    from bayeslr.holdout import with_holdout
     from bayeslr.priors import load_prior
     from bayeslr.runs import first_reasons, read_runs
     from bayeslr.sampling import fit as run_fit
+    from bayeslr.verdicts import with_verdicts
 
     card = load_prior(prior)
     table = read_runs(*runs)
@@ -61,8 +61,7 @@ def fit(
     posterior = run_fit(
         table, card, seed=seed, method=method, num_draws=draws, progress=sys.stderr.isatty()
     )
-    if check:
-        posterior = with_holdout(posterior, seed=seed)
+    posterior = with_verdicts(posterior, holdout=check, seed=seed)
     posterior.save(out)
     if json:
         _echo(json_module.dumps({"fit": str(out), **posterior.info}, default=str))
@@ -73,6 +72,8 @@ def fit(
 
 
 def _fit_summary(posterior: Posterior) -> list[str]:
+    from bayeslr.verdicts import verdict_lines
+
     info = posterior.info
     lines = [
         f"{info['num_runs']} runs ({info['num_diverged']} diverged) in {info['num_slices']} slices "
@@ -81,13 +82,7 @@ def _fit_summary(posterior: Posterior) -> list[str]:
         str(info["verdict"]),
     ]
     if info["method"] == "bayes":
-        lines.append("Exponents of LR*, posterior (prior):")
-        for name in ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above"):
-            values, entry = posterior.flat(name), posterior.prior[name]
-            lines.append(
-                f"  {name:16s} {values.mean():+.3f} +- {values.std():.3f}   "
-                f"({entry.location:+.3f} +- {entry.scale:.3f})"
-            )
+        lines += ["Exponents of LR*, posterior (prior) and whose they are:", *_exponents(posterior)]
     else:
         names = [str(name) for name in posterior.draws["regressor"].to_numpy()]
         coefficient = posterior.flat("coefficient")
@@ -97,9 +92,32 @@ def _fit_summary(posterior: Posterior) -> list[str]:
             f"  {name:16s} {coefficient[:, i].mean():+.3f} +- {coefficient[:, i].std():.3f}"
             for i, name in enumerate(names)
         ]
-    if info.get("holdout"):
-        lines.append(str(info["holdout"]["sentence"]))
+    lines += verdict_lines(info)
     lines += [f"Note: {note}" for note in info["identifiability"]]
+    return lines
+
+
+def _exponents(posterior: Posterior) -> list[str]:
+    """A line an exponent of LR* and family: after the runs, before them, and what moved it."""
+    from bayeslr.priors import SLOPES
+    from bayeslr.sensitivity import VERDICTS, prior_draws, quantity_draws
+
+    before = prior_draws(posterior.prior, posterior.info["centre"])
+    families = posterior.info["families"]
+    lines = []
+    for g, family in enumerate(families):
+        if len(families) > 1:
+            lines.append(f"  {family}")
+        whose = {
+            one["name"]: VERDICTS[one["verdict"]] for one in posterior.info["influence"]
+            if one["family"] == family
+        }  # fmt: skip
+        for name in (one for one in SLOPES if one in whose):
+            values, card = quantity_draws(posterior, name, g), before[name]
+            lines.append(
+                f"  {name:16s} {values.mean():+.3f} +- {values.std():.3f}   "
+                f"({card.mean():+.3f} +- {card.std():.3f})   {whose[name]}"
+            )
     return lines
 
 

@@ -1,0 +1,118 @@
+"""Each fitted run under the posterior: what it was expected to measure, and how probable it was.
+
+The valley model's likelihood once more, from draws: for checks of the fit, which ask it run by run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bayeslr import laws
+from bayeslr.priors import SLOPES
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from bayeslr.features import Design
+    from bayeslr.posterior import Posterior
+
+    FloatArray = NDArray[np.float64]
+    IntArray = NDArray[np.int64]
+    BoolArray = NDArray[np.bool_]
+
+# Draws times runs worked on at once: 8 MB an array.
+_BLOCK = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunDraws:
+    """What draws say of runs, each (draw, run) where not said otherwise.
+
+    ``offset`` is ln(LR / LR*); ``excess`` the expected loss above the slice's floor, ``mean`` the
+    expected loss and ``scale`` the Student-t scale of its noise, in nats; ``dof`` (draw, 1) the
+    degrees of freedom; ``logit`` the log odds of divergence.
+    """
+
+    offset: FloatArray
+    excess: FloatArray
+    mean: FloatArray
+    scale: FloatArray
+    dof: FloatArray
+    logit: FloatArray
+
+
+def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws:
+    """Draws ``draws`` of the flattened posterior at the runs ``runs`` of its design."""
+    design = posterior.design
+    assert design is not None, "a card alone has no runs"
+
+    def value(name: str, index: IntArray | None = None) -> FloatArray:
+        kept = posterior.flat(name)[draws]
+        return kept[:, None] if index is None else kept[:, index]
+
+    s = design.slice_of_run[runs]
+    c, g = design.cell_of_slice[s], design.family_of_slice[s]
+    offset = design.log_lr[runs] - value("lr_opt", s)
+    excess = laws.valley_excess(
+        offset, np.exp(value("log_curvature", s)), np.exp(value("log_skew", g))
+    )
+    scale = np.sqrt(
+        value("noise_sd", g) ** 2 + design.loss_se[runs] ** 2
+        + (value("noise_share") * excess) ** 2
+    )  # fmt: skip
+    slopes = posterior.flat("family_slope")[draws]
+    below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
+    best_batch = value("best_batch", c)
+    knee = laws.batch_knee(design.log_batch[s] - best_batch, below, above)
+    at_mean = laws.batch_knee(posterior.info["centre"]["log_batch"] - best_batch, below, above)
+    edge = (
+        value("lr_cell", c) + at_mean + value("edge_batch") * (knee - at_mean)
+        + np.exp(value("log_edge_offset", g))
+    )  # fmt: skip
+    return RunDraws(
+        offset=offset, excess=excess, mean=value("floor", s) + excess, scale=scale,
+        dof=1.0 + value("noise_dof"), logit=(design.log_lr[runs] - edge) / value("edge_width"),
+    )  # fmt: skip
+
+
+def has_loss(design: Design) -> BoolArray:
+    """Runs whose loss is in the likelihood (run,)."""
+    return ~design.diverged
+
+
+def has_end(design: Design) -> BoolArray:
+    """Runs of which it is known whether they diverge (run,): unfinished ones may still."""
+    annealed = design.annealed[design.cell_of_slice[design.slice_of_run]]
+    return np.asarray(design.diverged | annealed)
+
+
+def blocks(posterior: Posterior, draws: IntArray) -> Iterator[tuple[IntArray, RunDraws]]:
+    """All runs in turn, some at a time, so that a large table needs no large memory."""
+    design = posterior.design
+    assert design is not None
+    size = max(1, _BLOCK // max(1, len(draws)))
+    for start in range(0, design.num_runs, size):
+        runs = np.arange(start, min(start + size, design.num_runs))
+        yield runs, run_draws(posterior, runs, draws)
+
+
+def log_likelihood(posterior: Posterior, draws: IntArray) -> FloatArray:
+    """Log likelihood of all runs together (draw,), constants included."""
+    from scipy.stats import t
+
+    design = posterior.design
+    assert design is not None
+    told, ended = has_loss(design), has_end(design)
+    total = np.zeros(len(draws))
+    for runs, at in blocks(posterior, draws):
+        of = told[runs]
+        loss = t.logpdf(design.loss[runs][of], at.dof, at.mean[:, of], at.scale[:, of])
+        total += np.asarray(loss).sum(axis=1)
+        of = ended[runs]
+        logit = at.logit[:, of]
+        total += (design.diverged[runs][of] * logit - laws.softplus(logit)).sum(axis=1)
+    return total

@@ -1,0 +1,109 @@
+"""Leave the largest cells out: what is left out, what is scored, what is said."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from bayeslr.holdout import _as_few, _enough, _limits, leave_largest_out
+from bayeslr.posterior import Posterior
+from bayeslr.predict import prior_posterior
+from bayeslr.priors import Prior
+from bayeslr.runs import RunTable
+from bayeslr.verdicts import NO_HOLDOUT, verdict_lines, with_verdicts
+from tests.model_fixtures import made_up_runs
+
+
+def test_the_largest_cells_of_each_family_are_left_out(table: RunTable) -> None:
+    frame = pd.concat([table.frame, table.frame.assign(family="other")], ignore_index=True)
+    frame.loc[frame["family"] == "other", "n_active"] *= 10
+    limits = _limits(frame)
+    assert limits["made-up"] == pytest.approx(6 * 1.2e8 * 8e9 / 1.5)
+    assert limits["other"] == pytest.approx(6 * 1.2e9 * 8e9 / 1.5)
+    one_cell = frame[(frame["n_active"] == 1.2e9) & (frame["tokens"] == 8e9)]
+    both = pd.concat([table.frame, one_cell], ignore_index=True)
+    assert math.isinf(_limits(both)["other"])
+    assert _limits(both)["made-up"] == limits["made-up"]
+
+
+def test_too_few_runs_cannot_be_held_out(
+    table: RunTable, posterior: Posterior, card: Prior
+) -> None:
+    frame = table.frame
+    largest = (frame["n_active"] == 1.2e8) & (frame["tokens"] == 8e9)
+    assert _enough(frame, largest.to_numpy())
+    assert not _enough(frame, np.zeros(len(frame), dtype=bool))
+    few = frame.groupby(["n_active", "tokens"]).head(3)
+    assert not _enough(few, largest.loc[few.index].to_numpy())
+    assert leave_largest_out(prior_posterior(card, num_draws=50)) is None
+
+
+@pytest.fixture
+def kept(monkeypatch: pytest.MonkeyPatch, posterior: Posterior) -> list[RunTable]:
+    """The tables that a refit was asked for; the fit that is at hand stands in for it."""
+    asked: list[RunTable] = []
+
+    def stand_in(runs: RunTable, *_: Any, **__: Any) -> Posterior:
+        asked.append(runs)
+        return posterior
+
+    monkeypatch.setattr(importlib.import_module("bayeslr.holdout"), "fit", stand_in)
+    return asked
+
+
+def test_the_check_refits_without_them_and_says_it_plainly(
+    posterior: Posterior, kept: list[RunTable]
+) -> None:
+    found = leave_largest_out(posterior)
+    assert found is not None
+    (rest,) = kept
+    assert not ((rest.frame["n_active"] == 1.2e8) & (rest.frame["tokens"] == 8e9)).any()
+    assert found.runs_left_out == 10
+    assert len(rest) == 30
+    assert found.reach == pytest.approx(4.0)
+    assert found.slices == 2
+    # The stand-in has seen the slices: it predicts their optima without an error.
+    assert found.error_octaves == pytest.approx(0.0, abs=0.02)
+    assert found.held
+    assert "2 of 2 lie inside the 90 % intervals." in found.sentence
+    assert "4.0 times the compute of the rest" in found.sentence
+
+
+def test_few_hits_are_called_few() -> None:
+    """Binomial tails, worked out by hand."""
+    assert _as_few(0, 1) == pytest.approx(0.1)
+    assert _as_few(0, 2) == pytest.approx(0.01)
+    assert _as_few(8, 8) == pytest.approx(1.0)
+    assert _as_few(6, 8) == pytest.approx(1 - 0.9**8 - 8 * 0.9**7 * 0.1)
+
+
+@pytest.mark.usefixtures("kept")
+def test_every_verdict_is_kept_and_said(posterior: Posterior) -> None:
+    checked = with_verdicts(posterior)
+    info = checked.info
+    assert info["holdout"]["slices"] == 2
+    assert info["misfit"]["groups"][0]["name"] == "all runs"
+    assert any(one["name"] == "lr_tokens" for one in info["influence"])
+    lines = verdict_lines(info)
+    assert lines[0] == info["holdout"]["sentence"]
+    assert lines[1] == info["misfit"]["sentence"]
+    assert "Not touched by the runs" in lines[2]
+    assert "holdout" not in with_verdicts(posterior, holdout=False).info
+    assert verdict_lines({**info, "holdout": None})[0] == NO_HOLDOUT
+
+
+@pytest.mark.slow
+def test_a_real_refit_predicts_the_largest_cells_of_made_up_runs() -> None:
+    """Nine cells of a law inside the card: error under an octave (the valley's own is 0.1)."""
+    from bayeslr.sampling import fit
+
+    runs = made_up_runs(sizes=(2e7, 6e7, 1.8e8), tokens=(2e9, 6e9, 1.8e10))
+    found = leave_largest_out(fit(runs, "moe-default", fast=True))
+    assert found is not None
+    assert found.slices >= 1
+    assert found.error_octaves < 1.0
