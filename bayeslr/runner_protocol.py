@@ -48,6 +48,21 @@ class RecordedRunner(Runner, Protocol):
         ...
 
 
+@runtime_checkable
+class TransferRunner(Runner, Protocol):
+    """A runner that knows how hyperparameters carry over from one shape to another."""
+
+    def transfer_rules(
+        self, parametrization: str, base: Mapping[str, Any], target: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """Initialisation and multipliers of every module group, as ``bayeslr transfer show``."""
+        ...
+
+    def check_command(self, arguments: Sequence[str]) -> list[str]:
+        """Command line of the child that runs a coordinate check."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One run as the study knows it.

@@ -6,7 +6,7 @@ This door is light: nothing here imports PyTorch or NumPy.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
 from bayeslr.units import train_flops
 from bayeslr_runners.moe.options import Options
+from bayeslr_runners.moe.rules import transfer_rules
 from bayeslr_runners.moe.schedule import trained_tokens
 from bayeslr_runners.moe.shapes import MoeShape
 
@@ -45,3 +46,13 @@ class MoeRunner:
                 f"param_convention {spec.param_convention!r}"
             )
         return [sys.executable, "-m", "bayeslr_runners.moe", str(run_dir)]
+
+    def transfer_rules(
+        self, parametrization: str, base: Mapping[str, Any], target: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """What every module group gets at ``target``, tuned at ``base``; see `rules`."""
+        return transfer_rules(parametrization, self.options.scaling, base, target)
+
+    def check_command(self, arguments: Sequence[str]) -> list[str]:
+        """Command line of the child that runs a coordinate check; see `coordinate_check`."""
+        return [sys.executable, "-m", "bayeslr_runners.moe.coordinate_check", *arguments]

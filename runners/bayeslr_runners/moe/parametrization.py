@@ -254,3 +254,11 @@ _RULES: dict[str, Callable[[_Ratios, ScalingOptions], Parametrization]] = {
     "complete_mue": _complete_mue,
 }
 PARAMETRIZATIONS = tuple(_RULES)
+SOURCES = {
+    "sp": "PyTorch's AdamW and fan-in initialisation, with the embedding of Everett et al. 2024 "
+    "(arXiv 2407.05872)",
+    "mup": "arXiv 2505.01618, table 1, without its depth terms",
+    "completep": "arXiv 2505.01618, table 1",
+    "moe_fixed_sparsity": "arXiv 2601.20205; holds at a fixed share of active experts",
+    "complete_mue": "arXiv 2605.23893; the share of active experts may change",
+}
