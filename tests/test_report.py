@@ -21,7 +21,7 @@ from bayeslr.features import build_design
 from bayeslr.posterior import Posterior, make_posterior
 from bayeslr.predict import predict, prior_posterior
 from bayeslr.priors import OUTPUTS, PER_FAMILY, SLOPES, load_prior
-from bayeslr.report import figures, render, report
+from bayeslr.report import checks, figures, render, report
 from bayeslr.report.published import PUBLISHED_LAWS
 from bayeslr.report.scaling import law_draws
 from bayeslr.report.slices import MAX_VALLEYS, read_slices
@@ -29,8 +29,10 @@ from bayeslr.report.targets import example_target
 from bayeslr.report.text import interval_text, share_text
 from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import fit
+from bayeslr.sensitivity import QUANTITIES
 from bayeslr.specs import Target
 from bayeslr.units import format_lr
+from bayeslr.verdicts import with_verdicts
 from tests.chromium import Page, chromium_page, find_chromium
 
 CENTRE_LR = 2e-3
@@ -123,7 +125,7 @@ TARGET = Target(
 
 @pytest.fixture(scope="module")
 def posterior() -> Posterior:
-    return made_up_posterior()
+    return with_verdicts(made_up_posterior(), holdout=False)
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +191,16 @@ def test_the_first_screen_says_the_answer(html: str, posterior: Posterior) -> No
 
 
 def test_every_section_is_there(html: str) -> None:
-    sections = ["targets", "choice", "scale", "valleys", "exponents", "sampler", "sources"]
+    sections = [
+        "targets",
+        "choice",
+        "scale",
+        "valleys",
+        "exponents",
+        "misfit",
+        "sampler",
+        "sources",
+    ]
     assert re.findall(r'<section id="([a-z]+)"', html) == sections
     for needed in ("moe-default", "SHA-256", "numpyro", "Seed", "arXiv 2503.04715", "R-hat"):
         assert needed in html
@@ -290,6 +301,48 @@ def test_the_measured_check_of_a_prediction_is_shown(posterior: Posterior) -> No
     check = text[text.index('id="check"') : text.index('id="choice"')]
     assert check.count("<li>") == 2
     assert "It lies where it should." in check
+
+
+HOLDOUT = {
+    "slices": 8, "runs_left_out": 40, "reach": 4.0, "error_octaves": 0.3, "cover_50": 0.5,
+    "cover_90": 0.875, "held": True, "sentence": "Fitted without its largest cells it held 7 of 8.",
+}  # fmt: skip
+
+
+def test_the_checks_stand_beside_the_verdict(html: str, posterior: Posterior) -> None:
+    top = html[: html.index("<main")]
+    for row in checks.marks(posterior.info):
+        assert row["mark"] in top
+    assert "losses lie in the model" in top
+
+    def mark(held: bool) -> tuple[str, bool | None]:
+        first = checks.marks({**posterior.info, "holdout": {**HOLDOUT, "held": held}})[0]
+        assert first["text"] == HOLDOUT["sentence"]
+        return first["mark"], first["good"]
+
+    assert mark(True) == ("Held its largest cells", True)
+    assert mark(False) == ("Missed its largest cells", False)
+    unknown = checks.marks({**posterior.info, "holdout": None})[0]
+    assert (unknown["mark"], unknown["good"]) == ("Not held out", None)
+    assert "has not been tested" in unknown["text"]
+
+
+def test_a_misfit_and_a_contradicted_card_are_marked(posterior: Posterior) -> None:
+    misfit = {**posterior.info["misfit"], "verdict": "large", "sentence": "It does not fit."}
+    against = [{**one, "verdict": "conflict"} for one in posterior.info["influence"][:2]]
+    rows = checks.marks({**posterior.info, "misfit": misfit, "influence": against})
+    assert [(row["mark"], row["good"]) for row in rows[1:]] == [
+        ("Misfit", False), ("Runs against the card", False)
+    ]  # fmt: skip
+    assert rows[1]["text"] == "It does not fit."
+    assert "level of LR*; LR* in active parameters" in rows[2]["text"]
+
+
+def test_every_quantity_and_group_is_in_a_table(html: str, posterior: Posterior) -> None:
+    for one in posterior.info["influence"]:
+        assert f'<th scope="row">{QUANTITIES[one["name"]]}' in html
+    for group in posterior.info["misfit"]["groups"]:
+        assert group["name"] in html
 
 
 def test_edges_and_diverged_runs(posterior: Posterior) -> None:

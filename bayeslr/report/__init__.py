@@ -15,7 +15,7 @@ import jinja2
 
 from bayeslr import __version__
 from bayeslr.predict import predict
-from bayeslr.report import provenance, scaling, slices, targets
+from bayeslr.report import checks, provenance, scaling, slices, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
 from bayeslr.report.text import unbroken_numbers
@@ -84,6 +84,7 @@ def render(
 
 def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) -> dict[str, Any]:
     """Everything that the template shows."""
+    posterior = checks.checked(posterior)
     chosen = given or [targets.example_target(posterior)]
     predictions: list[dict[str, Any]] = predict(posterior, chosen).to_dict("records")  # type: ignore[assignment]
     first, row = chosen[0], predictions[0]
@@ -106,6 +107,7 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "sentences": [one["sentence"] for one in predictions],
         "tiles": targets.tiles(posterior, row) if len(chosen) == 1 else [],
         "verdict": provenance.verdict(posterior, chosen, predictions),
+        "checks": checks.marks(posterior.info),
         "targets": rows,
         "strip_low": strip_low,
         "strip_high": strip_high,
@@ -122,6 +124,8 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "exponent_sources": scaling.exponent_sources(exponents),
         "exponent_lead": _exponent_lead(posterior),
         "exponent_legend": _exponent_legend(posterior),
+        "influence": checks.influence_rows(posterior.info),
+        "misfit": checks.misfit(posterior),
         "diagnostics": provenance.diagnostics(posterior),
         "sampler_lead": provenance.sampler_lead(posterior) if _sampled(posterior) else "",
         "traces": provenance.traces(posterior),

@@ -343,6 +343,36 @@ def exponent(
         return _to_svg(figure, name, description)
 
 
+def transforms(name: str, *, pit: FloatArray, description: str) -> str:
+    """Distribution functions of probability integral transforms (draw, run) less the uniform one.
+
+    The band holds the whole line of a right model with 95 % probability (Kolmogorov).
+    """
+    from scipy.stats import kstwo
+
+    count = pit.shape[1]
+    half = float(kstwo.ppf(0.95, count))
+    points = np.linspace(0.0, 1.0, 101)
+    with _drawing(430, 235) as figure:
+        axes = figure.subplots()
+        # No distribution function leaves the unit square: the band is cut off there.
+        axes.fill_between(
+            points, np.maximum(-half, -points), np.minimum(half, 1 - points),
+            color=MUTED, alpha=0.18, linewidth=0,
+        )  # fmt: skip
+        axes.axhline(0, color=MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
+        for row in pit:
+            below = np.searchsorted(np.sort(row), points, side="right") / count
+            axes.plot(points, below - points, color=POSTERIOR, linewidth=0.9, alpha=0.55)
+        axes.set_xlim(0, 1)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.grid(axis="y")
+        axes.set_xlabel("probability of a lower loss")
+        axes.set_ylabel("share below, less its own")
+        return _to_svg(figure, name, description)
+
+
 def trace(name: str, *, chains: FloatArray, description: str) -> str:
     """Draws of one quantity (chain, draw): left in their order, right their ranks by chain."""
     num_chains, num_draws = chains.shape

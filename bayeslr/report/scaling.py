@@ -16,6 +16,7 @@ from bayeslr.report import figures
 from bayeslr.report.published import PUBLISHED_EXPONENTS, PUBLISHED_LAWS
 from bayeslr.report.slices import QUANTILES, Slice
 from bayeslr.report.text import signed
+from bayeslr.sensitivity import UNTOUCHED, overlap, prior_draws, quantity_draws
 from bayeslr.specs import Target
 from bayeslr.units import format_lr, format_quantity
 
@@ -275,24 +276,23 @@ def _exponent_draws(
                 values = posterior.flat("coefficient")[:, i]
                 return (None, values) if np.std(values) > 0 else None
         return None
-    prior, rng = posterior.prior, np.random.default_rng(20_260_105)
-    before = prior[name].draw(rng, 4000)
+    rng = np.random.default_rng(20_260_105)
     if name in SLOPES and family is not None:
-        spread = prior["lr_slope_family_sd"].draw(rng, len(before))
-        before = before + spread * rng.normal(size=len(before))
-        return before, posterior.flat("family_slope")[:, family, SLOPES.index(name)]
+        before = prior_draws(posterior.prior, posterior.info["centre"])[name]
+        return before, quantity_draws(posterior, name, family)
+    before = posterior.prior[name].draw(rng, 8000)
     if name in PER_FAMILY and posterior.draws[name].ndim == 3:
         return (before, posterior.flat(name)[:, family]) if family is not None else None
     return before, posterior.flat(name)
 
 
 def _learned(before: FloatArray, after: FloatArray) -> str:
-    """How much the data said about a parameter, from the widths before and after."""
-    left = float(np.std(after) / np.std(before))
-    moved = abs(float(np.median(after) - np.median(before))) / float(np.std(before))
-    if left > 0.9 and moved < 0.25:
-        return "The data hardly touched it: this is the prior."
-    return f"The data narrowed it by {100 * max(1 - left, 0):.0f} %."
+    """How much the runs said about a parameter: what prior and posterior share, and the widths."""
+    shared, left = overlap(before, after), float(np.std(after) / np.std(before))
+    if shared >= UNTOUCHED:
+        return f"The runs did not touch it (prior and posterior share {100 * shared:.0f} %)."
+    text = f"Prior and posterior share {100 * shared:.0f} %"
+    return f"{text}; the runs narrowed it by {100 * (1 - left):.0f} %." if left < 1 else f"{text}."
 
 
 def _all_dense(posterior: Posterior, target: Target) -> bool:
