@@ -313,6 +313,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise SpecError(f"recipe {path} does not exist") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"recipe {path} is not valid TOML: {error}") from error
+    if "compare" in raw:
+        raise SpecError(f"recipe {path} is that of a comparison: bayeslr compare {path}")
     return parse_recipe(raw, where=f"recipe {path}")
 
 

@@ -9,11 +9,13 @@ import sys
 
 import typer
 
+from bayeslr.cli.compare import compare
 from bayeslr.cli.data import check, import_app
 from bayeslr.cli.model import calibrate, fit, plan, predict, report
 from bayeslr.cli.priors import priors_app
 from bayeslr.cli.replay import replay
 from bayeslr.cli.sweeps import quickstart, status, sweep, worker
+from bayeslr.cli.transfer import transfer_app
 from bayeslr.errors import BayeslrError
 
 app = typer.Typer(
@@ -36,7 +38,9 @@ app.command()(status)
 app.command()(report)
 app.command()(calibrate)
 app.command()(replay)
+app.command()(compare)
 app.add_typer(priors_app, name="priors")
+app.add_typer(transfer_app, name="transfer")
 
 
 def main() -> None:

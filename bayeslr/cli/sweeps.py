@@ -30,7 +30,7 @@ def quickstart(out: Out = Path("quickstart-out"), seed: Seed = None) -> None:
     """Train real proxies on this machine, predict a larger one's LR, and check it by training."""
     from bayeslr.loop import sweep as run_sweep
 
-    _stop_on_sigterm()
+    stop_on_sigterm()
     result = run_sweep("quickstart", out, seed=seed, progress=Lines())
     _print_summary(result)
     _echo(
@@ -66,7 +66,7 @@ def sweep(
     if dry_run:
         _print_description(describe(opened))
         return
-    _stop_on_sigterm()
+    stop_on_sigterm()
     folder = Path(f"{opened.name}-out") if out is None else out
     result = run_sweep(opened, folder, storage=storage, seed=seed, retry=retry, progress=Lines())
     _print_summary(result)
@@ -85,7 +85,7 @@ def worker(
     """One more worker for a sweep, on any machine that reaches its storage."""
     from bayeslr.loop import work
 
-    _stop_on_sigterm()
+    stop_on_sigterm()
     if out is None:
         out = Path(f"{study}-worker") if "://" in storage else Path(storage)
     stop = work(storage, study, out, slots=slots, progress=Lines())
@@ -177,7 +177,7 @@ def _shipped(name: str) -> str:
     return str(find_recipe(name))
 
 
-def _stop_on_sigterm() -> None:
+def stop_on_sigterm() -> None:
     """A scheduler's SIGTERM ends a sweep as Ctrl-C does: children first, runs given up cleanly."""
 
     def interrupt(signum: int, frame: FrameType | None) -> None:

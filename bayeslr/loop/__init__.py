@@ -112,7 +112,7 @@ def sweep(
     out = Path(out)
     runner = find_runner(recipe)
     check_recipe(recipe, runner)
-    with _disk_errors(out), _locked(out, recipe.name):
+    with disk_errors(out), _locked(out, recipe.name):
         study: Study = find_entry_point("bayeslr.studies", "optuna")(
             storage, recipe.name, out, recipe
         )
@@ -157,7 +157,7 @@ def work(
     """
     out = Path(out)
     url, folder = split_storage(storage, out)
-    with _disk_errors(out):
+    with disk_errors(out):
         study: Study = find_entry_point("bayeslr.studies", "optuna")(url, name, folder, None)
         try:
             runner = find_runner(study.recipe())
@@ -205,7 +205,9 @@ def open_recipe(recipe: Recipe | str | Path) -> Recipe:
         return recipe
     path = find_recipe(recipe)
     loaded = load_recipe(path)
-    return dataclasses.replace(loaded, options=_beside(loaded.options, path.parent.absolute()))
+    return dataclasses.replace(
+        loaded, options=resolve_paths(loaded.options, path.parent.absolute())
+    )
 
 
 def find_recipe(name: str | Path) -> Path:
@@ -397,7 +399,8 @@ def _locked(out: Path, name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _disk_errors(out: Path) -> Iterator[None]:
+def disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full or read-only disk into a StorageError that says so."""
     try:
         yield
     except OSError as error:
@@ -463,13 +466,14 @@ def _git_hash() -> str | None:
     return done.stdout.strip() or None
 
 
-def _beside(value: Any, folder: Path) -> Any:
+def resolve_paths(value: Any, folder: Path) -> Any:
+    """Option values with each text that begins with ./ or ../ made absolute beside ``folder``."""
     if isinstance(value, str) and value.startswith(("./", "../")):
         return str((folder / value).resolve())
     if isinstance(value, Mapping):
-        return {k: _beside(v, folder) for k, v in value.items()}
+        return {k: resolve_paths(v, folder) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_beside(v, folder) for v in value]
+        return [resolve_paths(v, folder) for v in value]
     return value
 
 

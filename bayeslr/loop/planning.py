@@ -34,7 +34,7 @@ class Planner:
     def __call__(self, trials: Sequence[Trial], batch: int) -> list[Due] | Stop:
         """Runs of a batch, or why there is none."""
         recipe = self._study.recipe()
-        if stop := _failures(trials):
+        if stop := failures_of(trials):
             return stop
         num_runs = max(recipe.batch_runs, recipe.workers) if batch else recipe.start_runs
         if recipe.max_runs is not None:
@@ -156,7 +156,7 @@ def again(trials: Sequence[Trial]) -> list[Due]:
     ]
 
 
-def _failures(trials: Sequence[Trial]) -> Stop | None:
+def failures_of(trials: Sequence[Trial]) -> Stop | None:
     """A trainer that never works is not paid for any longer."""
     recent = trials[-3:]
     if len(recent) < 3 or any(t.state not in FAILED_STATES for t in recent):
