@@ -201,6 +201,7 @@ def test_recipe_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_every_shipped_recipe_parses(root: Path) -> None:
     recipes = sorted((root / "runners" / "recipes").glob("*.toml"))
+    recipes = [path for path in recipes if path.name != "compare.toml"]  # not a sweep's
     assert recipes, "no recipe ships with the runners"
     for path in recipes:
         assert load_recipe(path).name
