@@ -163,11 +163,14 @@ def _noise(values: FloatArray, log_component: FloatArray, num_shifts: int = 3) -
     ))  # fmt: skip
 
 
-def sentences(found: Sequence[Influence]) -> list[str]:
-    """What a planner should know of the card's part, a sentence a verdict and family."""
+def sentences(found: Sequence[Influence], at_most: int | None = None) -> list[str]:
+    """What a planner should know of the card's part, a sentence a verdict.
+
+    at_most: quantities that a sentence names; the rest are counted.
+    """
     patterns = {
         "card": "Not touched by the runs, so as the prior card has it: {}.",
-        "conflict": "The runs contradict the prior card; does it hold for this recipe? {}.",
+        "conflict": "Against the prior card (does it hold for this recipe?): {}.",
     }
     families = list(dict.fromkeys(one.family for one in found if one.family is not None))
     told = []
@@ -181,6 +184,8 @@ def sentences(found: Sequence[Influence]) -> list[str]:
             f"{name} ({', '.join(where)})"
             for name, where in names.items()
         ]  # fmt: skip
+        if at_most is not None and len(listed) > at_most + 1:
+            listed = [*listed[:at_most], f"and {len(listed) - at_most} more"]
         if listed:
             told.append(pattern.format("; ".join(listed)))
     return told

@@ -51,6 +51,6 @@ NO_HOLDOUT = (
 )
 
 
-def influence_sentences(info: Mapping[str, Any]) -> list[str]:
-    """What the prior card's part in a fit is, from its ``info``."""
-    return sentences([Influence(**one) for one in info.get("influence", [])])
+def influence_sentences(info: Mapping[str, Any], at_most: int | None = None) -> list[str]:
+    """What the prior card's part in a fit is, from its ``info``; see `sensitivity.sentences`."""
+    return sentences([Influence(**one) for one in info.get("influence", [])], at_most)

@@ -170,7 +170,8 @@ def test_sentences_name_the_family_where_families_differ() -> None:
     assert untouched.endswith(
         "LR* in tokens; LR* in active parameters (a); curvature in tokens."
     )  # fmt: skip
-    assert "contradict" in conflict
+    assert "Against the prior card" in conflict
+    assert sentences(found, at_most=1)[0].endswith("LR* in tokens; and 2 more.")
     assert "skew of the valley (a)" in conflict
     assert sentences([influence_of("lr_tokens", "a", "runs")]) == []
     alone = sentences([dataclasses.replace(found[2], verdict="card")])

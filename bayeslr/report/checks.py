@@ -34,8 +34,9 @@ def marks(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     holdout, misfit = info.get("holdout"), info["misfit"]
     if holdout:
-        mark = "Held its largest cells" if holdout["held"] else "Missed its largest cells"
-        rows.append({"mark": mark, "good": holdout["held"], "text": holdout["sentence"]})
+        held = holdout.get("held", True)  # Fit folders of before have no such judgement.
+        mark = "Held its largest cells" if held else "Missed its largest cells"
+        rows.append({"mark": mark, "good": held, "text": holdout["sentence"]})
     else:
         text = NO_HOLDOUT if "holdout" in info else (
             "The largest cells were not left out and predicted (bayeslr fit does it)."
@@ -47,7 +48,7 @@ def marks(info: Mapping[str, Any]) -> list[dict[str, Any]]:
             {"mark": _MISFIT_MARKS[misfit["verdict"]], "good": good, "text": misfit["sentence"]}
         )
     verdicts = {one["verdict"] for one in info["influence"]}
-    if told := influence_sentences(info):
+    if told := influence_sentences(info, at_most=5):
         mark = "Runs against the card" if "conflict" in verdicts else "Rests on the card"
         good = False if "conflict" in verdicts else None
         rows.append({"mark": mark, "good": good, "text": " ".join(told)})

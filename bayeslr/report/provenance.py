@@ -167,7 +167,7 @@ def facts(posterior: Posterior) -> list[tuple[str, str]]:
                      f"{info['num_slices']} slices"),
             ("Families, rows", listed),
             ("Compute", f"{format_quantity(float(runs.frame['flops'].sum()))} FLOPs in all"),
-            ("Parameters", f"counted as {info['param_convention']}"),
+            ("Parameters", f"counted as {str(info['param_convention']).replace('_', '-')}"),
             ("Rows set aside", f"{info['num_quarantined']}"),
             ("Data, SHA-256", str(info["data_hash"])),
         ]  # fmt: skip

@@ -116,10 +116,9 @@ def _scale_figure(
         q: np.exp(_smooth(np.log(x), np.quantile(draws, p, axis=0))) for q, p in QUANTILES.items()
     }
     points = _points(posterior, target, slices, key)
-    beyond = "" if not low else (
-        f" The hatched ground is beyond the runs ({format_quantity(data_range[0])} to "
-        f"{format_quantity(data_range[1])})."
-    )  # fmt: skip
+    first, last = (format_quantity(end) for end in data_range) if low else ("", "")
+    where = f"all at {first}" if first == last else f"{first} to {last}"
+    beyond = f" The hatched ground is beyond the runs ({where})." if low else ""
     carried = (
         " Each dot is the optimum of one slice, carried along the fitted law to the target's other "
         "regressors; its bar is the slice's own 90 % interval."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -9,10 +10,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from bayeslr.runs.additions import cheapest_addition
 from bayeslr.runs.cells import Floats
 from bayeslr.runs.columns import SHAPE_KEYS
 from bayeslr.runs.table import RunTable
-from bayeslr.units import format_quantity
+from bayeslr.units import format_lr, format_quantity
 
 
 def lr_group(lr: Floats) -> NDArray[np.int64]:
@@ -116,45 +118,77 @@ def _blind_spots(rows: pd.DataFrame) -> list[str]:
 
 
 def _scale_blind_spots(cells: pd.DataFrame) -> list[str]:
+    """What the slices (one row each) cannot tell of the exponents, and what to run about it."""
     told = []
     num_values = {c: cells[c].nunique() for c in ("n_active", "n_total", "tokens", "batch_tokens")}
     if num_values["n_active"] == 1 and num_values["n_total"] == 1:
         told.append(
             f"one model size only (n_active {format_quantity(cells['n_active'].iloc[0])}): the "
-            "size exponent is the prior's"
+            "size exponent is the prior's" + _advice(cells, ["n_active"])
         )
     if num_values["tokens"] == 1:
         told.append(
             f"one token count only ({format_quantity(cells['tokens'].iloc[0])}): the token "
-            "exponent is the prior's"
+            "exponent is the prior's" + _advice(cells, ["tokens"])
         )
     if num_values["batch_tokens"] == 1:
         told.append(
             f"one batch size only ({format_quantity(cells['batch_tokens'].iloc[0])} tokens): the "
-            "batch exponent is the prior's"
+            "batch exponent is the prior's" + _advice(cells, ["batch_tokens"])
         )
     sparsity = (cells["n_active"] / cells["n_total"]).round(6)
     if (sparsity < 1).any() and sparsity.nunique() == 1:
         told.append(
             f"one sparsity only (n_active / n_total = {sparsity.iloc[0]:.3g}): the sparsity "
-            "exponent is the prior's"
+            "exponent is the prior's" + _advice(cells, ["sparsity"])
         )
-    pairs = (
-        ("n_active", "tokens", "size and token count", "size and token exponents"),
-        ("tokens", "batch_tokens", "token count and batch size", "token and batch exponents"),
-        ("n_active", "batch_tokens", "size and batch size", "size and batch exponents"),
-    )
-    for first, second, words, exponents in pairs:
-        if num_values[first] > 1 and num_values[second] > 1 and len(cells) > 2:
-            correlation = float(
-                np.corrcoef(*np.log(cells[[first, second]].to_numpy(dtype=np.float64).T))[0, 1]
+    return told + _moving_together(cells.assign(sparsity=cells["n_active"] / cells["n_total"]))
+
+
+_WORDS = {
+    "n_active": ("size", "size"), "sparsity": ("sparsity", "sparsity"),
+    "tokens": ("token count", "token"), "batch_tokens": ("batch size", "batch"),
+}  # fmt: skip
+
+# Correlation, of two or of one with all others, from which regressors count as moving together.
+_TOGETHER = 0.98
+
+
+def _moving_together(cells: pd.DataFrame) -> list[str]:
+    """Regressors whose exponents cannot be told apart: pairs first, then one with all others."""
+    logs = np.log(cells[list(_WORDS)].to_numpy(dtype=np.float64))
+    logs = logs - logs.mean(axis=0)
+    varied = [j for j in range(logs.shape[1]) if logs[:, j].std() > 1e-6]
+    if len(logs) < 3:
+        return []
+    names, told = list(_WORDS), []
+    for i, j in itertools.combinations(varied, 2):
+        correlation = float(np.corrcoef(logs[:, i], logs[:, j])[0, 1])
+        if abs(correlation) > _TOGETHER:
+            first, second = _WORDS[names[i]], _WORDS[names[j]]
+            told.append(
+                f"{first[0]} and {second[0]} move together (correlation {correlation:.3f}): only a "
+                f"sum of the {first[1]} and {second[1]} exponents is known, how it splits is the "
+                "prior's" + _advice(cells, [names[i], names[j]])
             )
-            if abs(correlation) > 0.98:
-                told.append(
-                    f"{words} move together (correlation {correlation:.3f}): only a sum of the "
-                    f"{exponents} is known, how it splits is the prior's"
-                )
+    if told or len(varied) < 3:
+        return told
+    for j in varied:
+        others = [i for i in varied if i != j]
+        fitted = logs[:, others] @ np.linalg.lstsq(logs[:, others], logs[:, j], rcond=None)[0]
+        if len(logs) > len(varied) and np.var(fitted) > _TOGETHER**2 * np.var(logs[:, j]):
+            listed = " and ".join(_WORDS[names[i]][0] for i in others)
+            told.append(
+                f"{_WORDS[names[j]][0]} follows from {listed}: their exponents cannot be told "
+                "apart, how they split is the prior's" + _advice(cells, [names[j]])
+            )
+            break
     return told
+
+
+def _advice(cells: pd.DataFrame, exponents: list[str]) -> str:
+    found = cheapest_addition(cells, exponents)
+    return "" if found is None else f"; the cheapest that helps: {found}"
 
 
 def _lr_blind_spots(rows: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
@@ -176,12 +210,32 @@ def _lr_blind_spots(rows: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
         return told
     lowest = rows.groupby("slice")["lr_code"].min()
     highest = rows.groupby("slice")["lr_code"].max()
-    at_low = int((best.loc[wide] == lowest.loc[wide]).sum())
-    at_high = int((best.loc[wide] == highest.loc[wide]).sum())
-    for num, edge, side in ((at_low, "lowest", "lower"), (at_high, "highest", "higher")):
-        if num:
+    at_low = wide[best.loc[wide] == lowest.loc[wide]]
+    at_high = wide[best.loc[wide] == highest.loc[wide]]
+    for at, edge, side, factor in (
+        (at_low, "lowest", "lower", 0.5),
+        (at_high, "highest", "higher", 2.0),
+    ):
+        if len(at):
+            first = _largest(measured[measured["slice"].isin(at)])
+            tried = rows.loc[rows["slice"] == first["slice"], "lr"]
+            lr = factor * float(tried.min() if factor < 1 else tried.max())
             told.append(
-                f"in {num} of {len(wide)} slices the best LR is the {edge} that was tried: the "
-                f"optimum may lie {side}; try {side} LRs there"
+                f"in {len(at)} of {len(wide)} slices the best LR is the {edge} that was tried: the "
+                f"optimum may lie {side}; try {side} LRs there, first {format_lr(lr)} at "
+                f"{_place(first)}"
             )
     return told
+
+
+def _largest(rows: pd.DataFrame) -> pd.Series[Any]:
+    """The row of the largest compute: the one whose optimum tells most about a larger run."""
+    return rows.iloc[int(np.argmax(rows["n_active"].to_numpy() * rows["horizon"].to_numpy()))]
+
+
+def _place(row: pd.Series[Any]) -> str:
+    size = format_quantity(row["n_active"])
+    if row["n_total"] > row["n_active"]:
+        size += f" of {format_quantity(row['n_total'])}"
+    tokens, batch = format_quantity(row["horizon"]), format_quantity(row["batch_tokens"])
+    return f"{size}, {tokens} tokens, batch {batch}"
