@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 CARDS = ("transfer", "moe-default")
 NUM_DRAWS = 2000
 
-# Cells of at least this share of the largest compute are held out together, as in `holdout`.
+# Shapes of more than this share of the largest one's active parameters are held out together.
 _LARGE = 1 / 1.5
 
 

@@ -24,7 +24,7 @@ from bayeslr.compare.recipe import load_compare_recipe, parse_compare_recipe
 from bayeslr.errors import BayeslrError, DataError, SpecError
 from bayeslr.loop import to_toml
 from bayeslr.runs import read_runs
-from tests import compare_toy
+from tests import compare_toy, fakes
 from tests.compare_toy import toy_comparison
 from tests.test_compare_scores import made_up_arms, recipe_document
 
@@ -173,6 +173,35 @@ def test_near_choices_share_their_runs() -> None:
         assert len(found) == num_places
         both = [p for p in found if len(p.chosen_by) == 2]
         assert len(both) == (1 if ratio < 2**MERGE_OCTAVES else 0)
+
+
+def fit_that_fails(exception: Exception | None, lr: float) -> Any:
+    """A fit whose two-stage twin raises, or predicts an LR of its own."""
+
+    def fit(runs: Any, prior: str = "", *, method: str = "bayes", **more: Any) -> Any:
+        if method == "two-stage":
+            if exception is not None:
+                raise exception
+            return fakes.FakePosterior(lr, 1)
+        return fakes.fit(runs, prior, **more)
+
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("exception", "lr", "why"),
+    [(DataError("too few vertices"), 0.0, "too few vertices"), (None, 1e4, "cannot be trained at")],
+)
+def test_a_baseline_without_an_answer_is_left_out(
+    exception: Exception | None, lr: float, why: str, tmp_path: Path, stand_ins: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("bayeslr.sampling.fit", fit_that_fails(exception, lr))
+    small = {"transfer__modules": None, "transfer__rungs": None, "compare__proxy_flops": 1.2e12}
+    result = compared(tmp_path, compare__num_seeds=1, **small)
+    assert [arm.name for arm in result.arms] == ["fitting", "transfer"]
+    assert why in result.details["left_out"]["fitting, two-stage"]
+    assert "was left out" in (tmp_path / "report.html").read_text()
 
 
 # ---- the command line

@@ -30,7 +30,7 @@ from bayeslr.compare.proxies import (
     multipliers_of,
 )
 from bayeslr.compare.recipe import CompareRecipe
-from bayeslr.errors import DataError
+from bayeslr.errors import DataError, UntrustworthyFit
 from bayeslr.loop import sweep
 from bayeslr.loop.planning import table_of
 from bayeslr.loop.worker import Progress
@@ -43,6 +43,9 @@ if TYPE_CHECKING:
     from bayeslr.runs import RunTable
 
 CHOICES_FILE = "choices.json"
+
+MIN_LR, MAX_LR = 1e-9, 10.0
+"""Peak LRs that a `RunSpec` and a study take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +82,12 @@ def choose(
         document = json.loads(path.read_text(encoding="utf-8"))
     else:
         targets = targets_of(recipe.fitting, runner_of["fitting"])
-        fitted = _fitting_arms(recipe, out / "fitting", targets, retry, progress)
+        fitted, left_out = _fitting_arms(recipe, out / "fitting", targets, retry, progress)
         carried, details = _transfer_arms(recipe, transfer, targets, out / "transfer", progress)
-        arms = [*fitted, *carried]
+        arms = _trainable([*fitted, *carried], recipe, left_out)
+        details["left_out"] = left_out
+        for name, why in left_out.items():
+            progress(f"{name}: left out, {why}")
         document = {"arms": [arm.document() for arm in arms], "details": details}
         write_atomically(path, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
         for arm in arms:
@@ -94,6 +100,24 @@ def choose(
         ),
         details=document["details"],
     )  # fmt: skip
+
+
+def _trainable(arms: Sequence[Arm], recipe: CompareRecipe, left_out: dict[str, str]) -> list[Arm]:
+    """The arms whose LRs can be trained at; ``left_out`` gets the others with the reason.
+
+    Raises: UntrustworthyFit if one of those is what a paradigm stands for.
+    """
+    kept = []
+    for arm in arms:
+        lrs = [c.lr * multiple for c in arm.choices for multiple in recipe.multiples]
+        if all(math.isfinite(lr) and MIN_LR < lr < MAX_LR for lr in lrs):
+            kept.append(arm)
+            continue
+        why = f"its LRs cannot be trained at: {arm_line(arm)}"
+        if arm.name in (FITTING, TRANSFER):
+            raise UntrustworthyFit(f"{why}. {arm.note}".strip())
+        left_out[arm.name] = why
+    return kept
 
 
 def arm_line(arm: Arm) -> str:
@@ -130,7 +154,7 @@ def _train_transfer(
 def _fitting_arms(
     recipe: CompareRecipe, folder: Path, targets: Sequence[Target], retry: bool,
     progress: Progress,
-) -> list[Arm]:  # fmt: skip
+) -> tuple[list[Arm], dict[str, str]]:  # fmt: skip
     from bayeslr.sampling import fit
 
     result = sweep(recipe.fitting, folder, retry=retry, progress=progress)
@@ -147,11 +171,10 @@ def _fitting_arms(
     try:
         classical = fit(result.runs, recipe.fitting.prior, seed=recipe.seed, method="two-stage")
     except DataError as error:
-        progress(f"{TWO_STAGE}: left out, {error}")
-        return arms
+        return arms, {TWO_STAGE: str(error)}
     classical.save(folder / "fit-two-stage")
     rows = _predict(classical, targets)
-    return [*arms, Arm(name=TWO_STAGE, choices=choices_from(rows), **shared)]
+    return [*arms, Arm(name=TWO_STAGE, choices=choices_from(rows), **shared)], {}
 
 
 def _transfer_arms(
@@ -177,7 +200,10 @@ def _transfer_arms(
         lr = base.lr
     parametrization = str(own.run["parametrization"])
     at_edge = "the base shape's best LR lies at the end of the LR grid: widen it"
-    note = at_edge if base.at_edge else ""
+    doubts = [at_edge] if base.at_edge else []
+    if not carried.trustworthy:
+        doubts.append(str(carried.info["verdict"]))
+    note = "; ".join(doubts)
     arms = [
         Arm(
             name=TRANSFER, parametrization=parametrization, note=note,

@@ -88,6 +88,7 @@ def _page(result: Comparison, targets: Sequence[Target]) -> dict[str, Any]:
         "stability_lead": _stability_lead(keys),
         "modules": _modules(result),
         "posterior": _posterior(result),
+        "left_out": dict(result.details.get("left_out", {})),
         "compute": [_compute_row(result, arm) for arm in result.arms],
         "facts": [
             ("Recipe", f"{recipe.name}, seed {recipe.seed}, runner {recipe.fitting.runner}"),
