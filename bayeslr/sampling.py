@@ -37,7 +37,7 @@ METHODS = ("bayes", "two-stage")
 
 # Scales of misfit and noise: fixed while the mode is sought. With them free there is none: a
 # scale that goes to zero wins without bound.
-_SCALES = (
+SCALES = (
     "noise_sd", "noise_share", "noise_dof",
     "lr_family_sd", "lr_slope_family_sd", "lr_tokens_shape_sd", "lr_shape_sd", "lr_cell_sd",
     "lr_slice_sd",
@@ -190,10 +190,11 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
 _COMPILED: dict[tuple[Any, ...], CompiledModel] = {}
 
 
-def _compiled(arrays: valley.Arrays, prior: Prior, num_families: int) -> CompiledModel:
+def compiled_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> CompiledModel:
+    """The model of these arrays' sizes under a card, compiled once."""
     key = (prior.sha256, num_families, *(values.shape for values in arrays.values()))
     if key not in _COMPILED:
-        if len(_COMPILED) > 8:
+        if len(_COMPILED) > 16:
             _COMPILED.clear()
         _COMPILED[key] = compile_model(arrays, prior, num_families)
     return _COMPILED[key]
@@ -269,7 +270,7 @@ def find_mode(
 
     data = tuple(arrays.values())
     x = _data_start(compiled, arrays, prior) if start is None else start.copy()
-    fixed = np.concatenate([compiled.index(f"{name}_log__") for name in _SCALES])
+    fixed = np.concatenate([compiled.index(f"{name}_log__") for name in SCALES])
     free = np.setdiff1d(np.arange(compiled.size), fixed)
     step = np.full(compiled.size, 0.3)
     for name, size in _STEP.items():
@@ -300,7 +301,7 @@ def find_mode(
             break
         x = trial
         hessian = _hessian(compiled, x, data, free)
-    for name in _SCALES:
+    for name in SCALES:
         at = compiled.index(f"{name}_log__")
         hessian[at, at] = 2.0 / prior[name].scale ** 2
     return x, hessian
@@ -453,30 +454,30 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
             statistics={"seconds": time.monotonic() - started},
         )  # fmt: skip
     configure_jax()
-    sizes = _padded(valley.sizes_of(design)) if fast else None
+    sizes = padded(valley.sizes_of(design)) if fast else None
     if fast:
         num_warmup, num_draws = min(num_warmup, 200), min(num_draws, 300)
     arrays = valley.model_data(design, sizes)
-    compiled = _compiled(arrays, card, len(design.families))
+    compiled = compiled_model(arrays, card, len(design.families))
     mode, hessian = find_mode(compiled, arrays, card)
     gate = LOOP_GATE if fast else REPORT_GATE
 
     def enough(draws: dict[str, FloatArray]) -> bool:
-        return mixed(_unpadded(draws, valley.sizes_of(design)), gate)
+        return mixed(unpadded(draws, valley.sizes_of(design)), gate)
 
     draws, statistics = sample(
         compiled, arrays, mode, whitening(compiled, hessian), seed=seed, num_warmup=num_warmup,
         num_draws=num_draws, num_chains=num_chains, enough=enough, progress=progress,
         target_accept=0.8 if fast else 0.9,
     )  # fmt: skip
-    draws = _unpadded(draws, valley.sizes_of(design))
+    draws = unpadded(draws, valley.sizes_of(design))
     statistics["seconds"] = time.monotonic() - started
     return make_posterior(
         draws, design, runs, card, method=method, seed=seed, statistics=statistics, gate=gate
     )
 
 
-def _padded(sizes: Mapping[str, int]) -> dict[str, int]:
+def padded(sizes: Mapping[str, int]) -> dict[str, int]:
     """Next size of a coarse grid, so that a growing table recompiles rarely. Families stay."""
 
     def up(size: int) -> int:
@@ -488,7 +489,8 @@ def _padded(sizes: Mapping[str, int]) -> dict[str, int]:
     return {level: size if level == "family" else up(size) for level, size in sizes.items()}
 
 
-def _unpadded(draws: Mapping[str, FloatArray], sizes: Mapping[str, int]) -> dict[str, FloatArray]:
+def unpadded(draws: Mapping[str, FloatArray], sizes: Mapping[str, int]) -> dict[str, FloatArray]:
+    """Draws without the padded entries of each level."""
     kept = {}
     for name, values in draws.items():
         levels = OUTPUTS.get(name)

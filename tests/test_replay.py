@@ -16,8 +16,10 @@ from bayeslr import replay as library
 from bayeslr import sampling
 from bayeslr.cli import app
 from bayeslr.errors import DataError, SpecError
-from bayeslr.predict import prior_posterior, read_targets
+from bayeslr.predict import prior_posterior, read_targets, target_draws
 from bayeslr.recorded import Campaign, Pool, buy_start, copied, make_pool
+from bayeslr.replay import builtin
+from bayeslr.replay.laplace import normal_posterior
 from bayeslr.runs import make_table
 from bayeslr.specs import Target
 
@@ -80,7 +82,11 @@ def quick_fit(monkeypatch: pytest.MonkeyPatch) -> None:
             return real(runs, prior, seed=seed, method=method)
         return prior_posterior(prior, seed=seed, num_draws=400)
 
+    def approximate(runs: Any, prior: str, *, seed: int, **_: Any) -> Any:
+        return prior_posterior(prior, seed=seed, num_draws=400)
+
     monkeypatch.setattr(sampling, "fit", fit)
+    monkeypatch.setattr(builtin, "normal_posterior", approximate)
 
 
 def campaign(pool: Pool, share: float = 0.02, seed: int = 1) -> Campaign:
@@ -174,16 +180,51 @@ def test_every_strategy_keeps_the_budget_and_answers(
     assert 0 <= found.regret_mean < 0.5
 
 
-@pytest.mark.usefixtures("quick_fit")
-def test_replays_of_a_seed_agree(pool: Pool, truth: pd.DataFrame) -> None:
+def bench(pool: Pool, truth: pd.DataFrame) -> library.Bench:
+    return library.Bench(pool=pool, targets=TARGETS, truth=truth, prior=CARD)
+
+
+@pytest.mark.slow
+def test_replays_of_a_seed_agree_in_this_process_and_in_others(
+    pool: Pool, truth: pd.DataFrame
+) -> None:
+    tasks = library.tasks_of({"classical": library.classical}, [0.02], [3, 4])
     tables = [
-        library.replay(
-            pool, TARGETS, truth, chosen={"classical": library.classical}, budget_shares=[0.02],
-            seeds=[3], prior=CARD,
-        )
-        for _ in range(2)
-    ]  # fmt: skip
-    pd.testing.assert_frame_equal(*tables)
+        library.table_of(list(library.replays(bench(pool, truth), tasks, jobs=jobs)))
+        for jobs in (1, 2)
+    ]
+    pd.testing.assert_frame_equal(*(table.drop(columns="seconds") for table in tables))
+
+
+def test_a_strategy_that_breaks_is_told_and_copies_its_best_lr(
+    pool: Pool, truth: pd.DataFrame
+) -> None:
+    def broken(made: Campaign) -> pd.DataFrame:
+        raise ZeroDivisionError("no luck")
+
+    task = library.Task(name="broken", strategy=broken, budget_share=0.02, seed=1)
+    row = bench(pool, truth).run(task)
+    assert row["failure"] == "ZeroDivisionError: no luck"
+    assert row["regret_mean"] > 0
+    (entry,) = library.summary(library.table_of([row]))
+    assert entry["failures"] == 1
+
+
+@pytest.mark.slow
+def test_the_normal_approximation_knows_the_law_of_its_runs(pool: Pool) -> None:
+    made = campaign(pool)
+    for number in range(int(pool.slice_of_run.max()) + 1):
+        for run in pool.runs_of(number)[4:13:2]:
+            if run not in made.bought:
+                made.bought.append(int(run))
+    posterior = normal_posterior(made.runs(), CARD, sizes={"run": 99}, seed=1)
+    at = target_draws(posterior, TARGETS)
+    wanted = [star(t.n_active, t.tokens, t.batch_tokens) for t in TARGETS]
+    error = at.log_lr.mean(axis=0) - wanted
+    # Within three of its own standard deviations at both targets: fails 1 in 200 if correct.
+    assert (np.abs(error) < 3 * at.log_lr.std(axis=0)).all()
+    before = prior_posterior(CARD, num_draws=600)
+    assert (at.log_lr.std(axis=0) < 0.6 * target_draws(before, TARGETS).log_lr.std(axis=0)).all()
 
 
 def test_the_classical_design_finds_the_law_where_it_can_pay(

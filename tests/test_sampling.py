@@ -13,7 +13,7 @@ from bayeslr.models.simulate import card_log_lr
 from bayeslr.posterior import Posterior
 from bayeslr.priors import OUTPUTS, SLOPES, Prior
 from bayeslr.runs import RunTable, make_table
-from bayeslr.sampling import _padded, fit
+from bayeslr.sampling import fit, padded
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
 
 
@@ -107,7 +107,7 @@ def test_one_lr_in_every_slice_is_said(posterior: Posterior) -> None:
 
 
 def test_padded_sizes_grow_by_coarse_steps() -> None:
-    padded = [_padded({"run": n, "family": 3}) for n in range(1, 400)]
-    assert all(p["run"] >= n for n, p in enumerate(padded, start=1))
-    assert {p["family"] for p in padded} == {3}
-    assert len({p["run"] for p in padded}) < 30
+    sizes = [padded({"run": n, "family": 3}) for n in range(1, 400)]
+    assert all(p["run"] >= n for n, p in enumerate(sizes, start=1))
+    assert {p["family"] for p in sizes} == {3}
+    assert len({p["run"] for p in sizes}) < 30

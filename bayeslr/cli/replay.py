@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json as json_module
+import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayeslr.cli.sweeps import Lines
 from bayeslr.errors import SpecError
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ def replay(
     ] = "all",
     seeds: Annotated[int, typer.Option(min=1, help="Replays of each, seeds 1, 2, ...")] = 5,
     prior: Annotated[str, typer.Option(help="Prior card: a name or a .toml file.")] = "moe-default",
+    jobs: Annotated[int, typer.Option(min=1, help="Replays at a time.")] = 1,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="CSV file: one row a replay.")
     ] = None,
@@ -49,14 +53,29 @@ def replay(
     for notice in notices:
         typer.echo(notice, err=True)
     wanted = read_targets(targets)
-    scores = library.replay(
-        library.read_pool(runs), wanted, library.read_truth(truth, wanted), chosen=chosen,
-        budget_shares=budget, seeds=range(1, seeds + 1), prior=prior,
-        progress=lambda line: typer.echo(line, err=True),
+    bench = library.Bench(
+        pool=library.read_pool(runs), targets=wanted, prior=prior,
+        truth=library.read_truth(truth, wanted),
     )  # fmt: skip
+    tasks = library.tasks_of(chosen, budget, range(1, seeds + 1))
+    lines, rows = Lines(), []
+    started = time.monotonic()
+    for row in library.replays(bench, tasks, jobs=jobs):
+        rows.append(row)
+        done = f"{row['strategy']} at {100 * row['budget_share']:g} %, seed {row['seed']}"
+        if row["failure"]:
+            lines(f"{done} failed ({row['failure']}); the best LR of its runs is copied instead")
+        left = (time.monotonic() - started) / len(rows) * (len(tasks) - len(rows))
+        lines(
+            f"{len(rows)} of {len(tasks)}, about {math.ceil(left / 60)} min left; {done}: "
+            f"{row['runs']} runs, regret {row['regret_mean']:.4f} nats",
+            transient=True,
+        )
+        if out is not None:  # what is finished is kept, whatever ends a long replay
+            write_atomically(out, library.table_of(rows).to_csv(index=False).encode())
+    lines("", transient=True)
+    scores = library.table_of(rows)
     entries = library.summary(scores)
-    if out is not None:
-        write_atomically(out, scores.to_csv(index=False).encode())
     if plot is not None:
         library.plot(scores, plot)
     if json:

@@ -1,0 +1,42 @@
+"""The figure of a replay: scores against the share of the pool's compute."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import pandas as pd
+
+
+def plot(scores: pd.DataFrame, path: Path) -> None:
+    """Regret, coverage and interval score against the share of compute, bands over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.6), layout="constrained")
+    panels = (
+        ("regret_mean", "mean regret, nats"), ("cover_90", "coverage of 90 % intervals"),
+        ("interval_score", "interval score, octaves"),
+    )  # fmt: skip
+    for axes, (column, label) in zip(figure.subplots(1, 3), panels, strict=True):
+        for name, group in scores.groupby("strategy", sort=False):
+            by_share = group.groupby("budget_share")[column]
+            share = np.array(sorted(group["budget_share"].unique()))
+            (line,) = axes.plot(100 * share, by_share.mean(), marker="o", ms=3, label=str(name))
+            axes.fill_between(
+                100 * share, by_share.quantile(0.1), by_share.quantile(0.9), alpha=0.15,
+                color=line.get_color(), lw=0,
+            )  # fmt: skip
+        axes.set(xscale="log", xlabel="share of the pool's compute, %", ylabel=label)
+        if column != "cover_90":
+            axes.set_yscale("log")
+        else:
+            axes.axhline(0.9, color="0.6", lw=0.8)
+    figure.axes[0].legend(fontsize=7, frameon=False)
+    figure.savefig(path, format=path.suffix.lstrip(".") or "svg")
