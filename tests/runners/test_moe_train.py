@@ -341,7 +341,7 @@ def test_selection_bias_evens_the_load(tmp_path: Path) -> None:
                 block.moe.router *= 7
         for number in range(60):
             trainer.step(number, 0.01)
-        loads[rate] = trainer.measure().diagnostics["max_load"]
+        loads[rate] = trainer.measure()[0].diagnostics["max_load"]
     assert loads[0.01] < loads[0.0] - 0.2
 
 

@@ -17,6 +17,7 @@ from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.rules import transfer_rules
 from bayeslr_runners.moe.schedule import trained_tokens
 from bayeslr_runners.moe.shapes import MoeShape
+from bayeslr_runners.moe.stack import stack_key
 
 __all__ = ["MoeRunner"]
 
@@ -46,6 +47,17 @@ class MoeRunner:
                 f"param_convention {spec.param_convention!r}"
             )
         return [sys.executable, "-m", "bayeslr_runners.moe", str(run_dir)]
+
+    def stack_key(self, spec: RunSpec) -> str:
+        """Equal for runs that `stack_command` can train together; see `stack`."""
+        return stack_key(spec)
+
+    def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
+        """Command line of one child that trains all these folders as one program.
+
+        Each folder holds its spec, and gets the records and checkpoints that it would get alone.
+        """
+        return [sys.executable, "-m", "bayeslr_runners.moe", *map(str, run_dirs)]
 
     def transfer_rules(
         self, parametrization: str, base: Mapping[str, Any], target: Mapping[str, Any]

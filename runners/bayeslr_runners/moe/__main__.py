@@ -1,4 +1,7 @@
-"""Child process that trains one run: ``python -m bayeslr_runners.moe RUN_DIR``."""
+"""Child process that trains one run: ``python -m bayeslr_runners.moe RUN_DIR``.
+
+Several folders are trained as one program: ``python -m bayeslr_runners.moe RUN_DIR...``.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,12 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def main(arguments: list[str]) -> int:
-    """Train the run of a folder; the exit status, 0 if its records say all there is to say."""
-    if len(arguments) != 1:
-        print("usage: python -m bayeslr_runners.moe RUN_DIR", file=sys.stderr)  # noqa: T201
+    """Train the runs of folders; the exit status, 0 if the records say all there is to say."""
+    if not arguments:
+        print("usage: python -m bayeslr_runners.moe RUN_DIR...", file=sys.stderr)  # noqa: T201
         return 2
     try:
-        _train(Path(arguments[0]))
+        _train([Path(argument) for argument in arguments])
     except BayeslrError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         return error.exit_code
@@ -30,11 +33,14 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _train(run_dir: Path) -> None:
+def _train(run_dirs: list[Path]) -> None:
     # PyTorch takes seconds to import: a broken spec is told before.
     from bayeslr_runners.moe.specfile import read_spec
+    from bayeslr_runners.moe.stack import check_stack
 
-    spec = read_spec(run_dir)
+    specs = [read_spec(run_dir) for run_dir in run_dirs]
+    check_stack(specs)
+    spec = specs[0]
     keep_freed_memory()
     import torch
 
@@ -42,7 +48,9 @@ def _train(run_dir: Path) -> None:
 
     torch.set_num_threads(Options.from_mapping(spec.options).train.num_threads)
     torch.use_deterministic_algorithms(spec.options.get("device", "cpu") == "cpu")
-    train(run_dir, progress=_terminal_line() if sys.stderr.isatty() else None)
+    # Nothing here reads memory that it has not written: filling it first only takes time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    train(*run_dirs, progress=_terminal_line() if sys.stderr.isatty() else None)
     if sys.stderr.isatty():
         sys.stderr.write("\n")
 

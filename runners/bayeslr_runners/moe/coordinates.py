@@ -59,7 +59,7 @@ def activation_changes(
             run = dataclasses.replace(
                 spec, shape=raw, n_active=n_active, n_total=n_total, seed=seed
             )
-            trainer = Trainer(run, corpus, options)
+            trainer = Trainer([run], corpus, options)
             before = _activations(trainer.model, corpus, spec)
             for number in range(num_steps):
                 trainer.step(number, 1.0)

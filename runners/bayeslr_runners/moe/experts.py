@@ -1,7 +1,8 @@
 """Token-choice routing and grouped expert matmuls, dropless and without a loop over tokens.
 
 Shape suffixes: T tokens, K chosen experts a token, A = T x K assignments sorted by expert,
-E experts, D model width, F expert width (2F: gate and up side by side).
+E experts, D model width, F expert width (2F: gate and up side by side). In a stack of runs a
+leading axis of R members stands before T and before E; its assignments are sorted by member first.
 """
 
 from __future__ import annotations
@@ -16,14 +17,15 @@ from torch import Tensor
 class Routing(NamedTuple):
     """Assignments of one layer. ``order`` sorts the T x K choices by expert, ``inverse`` undoes it.
 
-    ``sizes`` are the assignments of each expert as numbers; empty on a GPU, where to read them is
-    to wait for it.
+    ``token`` is the token of each assignment. ``sizes`` are the assignments of each expert as
+    numbers; empty on a GPU, where to read them is to wait for it.
     """
 
     gate_TK: Tensor
     load_E: Tensor
     order_A: Tensor
     inverse_A: Tensor
+    token_A: Tensor
     sizes: list[int]
 
 
@@ -39,18 +41,23 @@ def gates_and_scores(logits_TE: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 def route(gate_TE: Tensor, top_k: int, *, bias_E: Tensor | None, normalise: bool) -> Routing:
     """Choose ``top_k`` experts a token; ``bias_E`` takes part in the choice, never in the gate."""
     num_experts = gate_TE.shape[-1]
-    choice_TE = gate_TE if bias_E is None else gate_TE + bias_E
+    choice_TE = gate_TE if bias_E is None else gate_TE + bias_E.unsqueeze(-2)
     expert_TK = choice_TE.detach().topk(top_k, dim=-1).indices
     gate_TK = gate_TE.gather(-1, expert_TK)
     if normalise:
         gate_TK = gate_TK / gate_TK.sum(-1, keepdim=True)
+    members = gate_TE.shape[:-2]
+    if members:
+        first_expert_R = torch.arange(members[0], device=gate_TE.device) * num_experts
+        expert_TK = expert_TK + first_expert_R.view(-1, 1, 1)
     flat_A = expert_TK.reshape(-1)
     order_A = flat_A.argsort(stable=True)
     inverse_A = torch.empty_like(order_A)
     inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
-    load_E = torch.bincount(flat_A, minlength=num_experts)
+    load_E = torch.bincount(flat_A, minlength=num_experts * members.numel())
     sizes = [] if use_grouped_mm(load_E) else load_E.tolist()
-    return Routing(gate_TK, load_E, order_A, inverse_A, sizes)
+    token_A = order_A.div(top_k, rounding_mode="floor") if top_k > 1 else order_A
+    return Routing(gate_TK, load_E.view(*members, -1), order_A, inverse_A, token_A, sizes)
 
 
 def use_grouped_mm(x: Tensor) -> bool:
@@ -64,24 +71,25 @@ def load_balance_loss(score_TE: Tensor, load_E: Tensor) -> Tensor:
     Exactly 1 at uniform routing. Averaging loads over layers first would hide experts that are
     idle in one layer and busy in another. Source: Fedus et al. 2021, eq. 4.
     """
-    share_E = load_E.to(score_TE.dtype) / load_E.sum()
-    return score_TE.shape[-1] * torch.dot(share_E, score_TE.mean(dim=0))
+    share_E = load_E.to(score_TE.dtype) / load_E.sum(-1, keepdim=True)
+    return score_TE.shape[-1] * (share_E * score_TE.mean(dim=-2)).sum(-1)
 
 
 def router_z_loss(logits_TE: Tensor) -> Tensor:
     """Mean squared log-sum-exp of the router logits. Source: Zoph et al. 2022, eq. 5."""
-    return torch.logsumexp(logits_TE, dim=-1).square().mean()
+    return torch.logsumexp(logits_TE, dim=-1).square().mean(-1)
 
 
 def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Tensor) -> Tensor:
     """Gated sum over each token's experts of SwiGLU(x)."""
-    top_k = routing.gate_TK.shape[1]
-    x_AD = apply(_Dispatch, x_TD, routing.order_A, routing.inverse_A, top_k)
+    top_k = routing.gate_TK.shape[-1]
+    shape, x_TD = x_TD.shape, x_TD.flatten(0, -2)
+    x_AD = apply(_Dispatch, x_TD, routing.token_A, routing.inverse_A, top_k)
     gate_A = apply(_Dispatch, routing.gate_TK.reshape(-1, 1), routing.order_A, routing.inverse_A, 1)
     hidden_AF = swiglu(grouped_matmul(x_AD, up_ED2F, routing))
     # The gate multiplies the hidden units, which are fewer than the outputs.
     y_AD = grouped_matmul(hidden_AF * gate_A.to(hidden_AF.dtype), down_EFD, routing)
-    return apply(_Combine, y_AD, routing.order_A, routing.inverse_A, top_k)
+    return apply(_Combine, y_AD, routing.token_A, routing.inverse_A, top_k).view(shape)
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:
@@ -93,8 +101,8 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
 def grouped_matmul(x_AD: Tensor, weight_EDF: Tensor, routing: Routing) -> Tensor:
     """Each expert's rows of ``x_AD`` times that expert's matrix."""
     if use_grouped_mm(x_AD):
-        offsets_E = routing.load_E.cumsum(0).to(torch.int32)
-        x_AD, weight_EDF = x_AD.bfloat16(), weight_EDF.bfloat16()
+        offsets_E = routing.load_E.flatten().cumsum(0).to(torch.int32)
+        x_AD, weight_EDF = x_AD.bfloat16(), weight_EDF.flatten(0, -3).bfloat16()
         out: Tensor = F.grouped_mm(x_AD, weight_EDF, offs=offsets_E)
     else:
         out = apply(_GroupedMatmul, x_AD, weight_EDF, routing.sizes)
@@ -114,9 +122,9 @@ class _GroupedMatmul(torch.autograd.Function):
     def forward(ctx: Any, x_AD: Tensor, weight_EDF: Tensor, sizes: list[int]) -> Tensor:
         ctx.save_for_backward(x_AD, weight_EDF)
         ctx.sizes = sizes
-        out_AF = x_AD.new_empty(x_AD.shape[0], weight_EDF.shape[2])
+        out_AF = x_AD.new_empty(x_AD.shape[0], weight_EDF.shape[-1])
         for x, weight, out in zip(
-            torch.split(x_AD, sizes), weight_EDF.unbind(), torch.split(out_AF, sizes), strict=True
+            torch.split(x_AD, sizes), _matrices(weight_EDF), torch.split(out_AF, sizes), strict=True
         ):
             torch.mm(x, weight, out=out)
         return out_AF
@@ -130,14 +138,21 @@ class _GroupedMatmul(torch.autograd.Function):
         for x, grad, weight, grad_x, grad_weight in zip(
             torch.split(x_AD, ctx.sizes),
             torch.split(grad_AF, ctx.sizes),
-            weight_EDF.unbind(),
+            _matrices(weight_EDF),
             torch.split(grad_x_AD, ctx.sizes),
-            grad_weight_EDF.unbind(),
+            _matrices(grad_weight_EDF),
             strict=True,
         ):
             torch.mm(x.t(), grad, out=grad_weight)
             torch.mm(grad, weight.t(), out=grad_x)
         return grad_x_AD, grad_weight_EDF, None
+
+
+def _matrices(weight_EDF: Tensor) -> list[Tensor]:
+    """Each expert's matrix, member by member; a view even where the members lie apart."""
+    if weight_EDF.dim() == 3:
+        return list(weight_EDF.unbind())
+    return [matrix for member_EDF in weight_EDF.unbind() for matrix in member_EDF.unbind()]
 
 
 class _Dispatch(torch.autograd.Function):
@@ -147,10 +162,10 @@ class _Dispatch(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
+    def forward(ctx: Any, x_TD: Tensor, token_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(inverse_A)
         ctx.top_k = top_k
-        return _copy_to_assignments(x_TD, order_A, top_k)
+        return x_TD.index_select(0, token_A)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
@@ -162,19 +177,14 @@ class _Combine(torch.autograd.Function):
     """Sum each token's K assignments. Its gradient is `_Dispatch`."""
 
     @staticmethod
-    def forward(ctx: Any, y_AD: Tensor, order_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order_A)
-        ctx.top_k = top_k
+    def forward(ctx: Any, y_AD: Tensor, token_A: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(token_A)
         return _sum_of_assignments(y_AD, inverse_A, top_k)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
-        (order_A,) = ctx.saved_tensors
-        return _copy_to_assignments(grads[0], order_A, ctx.top_k), None, None, None
-
-
-def _copy_to_assignments(x_TD: Tensor, order_A: Tensor, top_k: int) -> Tensor:
-    return x_TD.index_select(0, order_A // top_k)
+        (token_A,) = ctx.saved_tensors
+        return grads[0].index_select(0, token_A), None, None, None
 
 
 def _sum_of_assignments(y_AD: Tensor, inverse_A: Tensor, top_k: int) -> Tensor:

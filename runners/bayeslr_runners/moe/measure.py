@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 
 from bayeslr_runners.moe.data import Corpus, val_batches
 from bayeslr_runners.moe.model import Attention, MoeTransformer
@@ -32,35 +34,41 @@ def measure(
     batch_sequences: int,
     seq_len: int,
     device: torch.device,
-) -> Measurement:
+) -> list[Measurement]:
     """Measure the loss over the validation windows, the same ones in every run.
 
     The standard error is that of the mean over windows. Runs share the windows, so a difference
-    between two runs is much surer than it says.
+    between two runs is much surer than it says. Returns one measurement a member of a stack.
     """
     losses, loads, entropies = [], [], []
     for input_BS, target_BS in val_batches(
         corpus, val_tokens=val_tokens, num_sequences=batch_sequences, seq_len=seq_len
     ):
         with autocast(device):
-            logits, stats = model(torch.from_numpy(input_BS).to(device))
-        target = torch.from_numpy(target_BS).to(device)
+            logits, stats = model(for_members(input_BS, model.members, device))
+        target = for_members(target_BS, model.members, device)
         token_loss = F.cross_entropy(
-            logits.float().flatten(0, 1), target.flatten(), reduction="none"
+            logits.float().flatten(0, -2), target.flatten(), reduction="none"
         )
-        losses.append(token_loss.view(target.shape).mean(dim=1))
+        losses.append(token_loss.view(target.shape).mean(dim=-1))
         if stats:
-            loads.append(torch.stack([layer.load_E for layer in stats]))
-            entropies.append(torch.stack([layer.entropy for layer in stats]))
-    loss_B = torch.cat(losses).double().cpu()
-    spread = loss_B.std(correction=1).item() if len(loss_B) > 1 else math.nan
-    diagnostics = {"max_attention_logit": max_attention_logit(model, corpus, seq_len, device)}
-    if loads:
-        load_LE = torch.stack(loads).sum(0).double().cpu()
-        entropy_L = torch.stack(entropies).mean(0).double().cpu()
-        diagnostics |= load_summary(load_LE)
-        diagnostics["router_entropy_min"] = entropy_L.min().item()
-    return Measurement(loss_B.mean().item(), spread / math.sqrt(len(loss_B)), diagnostics)
+            loads.append(torch.stack([layer.load_E for layer in stats], dim=-2))
+            entropies.append(torch.stack([layer.entropy for layer in stats], dim=-1))
+    count = model.members[0] if model.members else 1
+    loss_RB = torch.cat(losses, dim=-1).double().cpu().view(count, -1)
+    attention_R = max_attention_logit(model, corpus, seq_len, device)
+    found = []
+    for member, loss_B in enumerate(loss_RB):
+        diagnostics = {"max_attention_logit": attention_R[member].item()}
+        if loads:
+            load_RLE = torch.stack(loads).sum(0).double().cpu()
+            entropy_RL = torch.stack(entropies).mean(0).double().cpu().view(count, -1)
+            diagnostics |= load_summary(load_RLE.view(count, *load_RLE.shape[-2:])[member])
+            diagnostics["router_entropy_min"] = entropy_RL[member].min().item()
+        spread = loss_B.std(correction=1).item() if len(loss_B) > 1 else math.nan
+        loss_se = spread / math.sqrt(len(loss_B))
+        found.append(Measurement(loss_B.mean().item(), loss_se, diagnostics))
+    return found
 
 
 def load_summary(load_LE: torch.Tensor) -> dict[str, float]:
@@ -76,26 +84,35 @@ def load_summary(load_LE: torch.Tensor) -> dict[str, float]:
 @torch.no_grad()
 def max_attention_logit(
     model: MoeTransformer, corpus: Corpus, seq_len: int, device: torch.device
-) -> float:
-    """Largest scaled attention logit over layers, on a few validation windows."""
+) -> torch.Tensor:
+    """Largest scaled attention logit over layers, on a few validation windows; (R,)."""
     input_BS, _ = next(
         val_batches(corpus, val_tokens=4 * seq_len, num_sequences=4, seq_len=seq_len)
     )
     largest: list[torch.Tensor] = []
+    count = model.members[0] if model.members else 1
 
     def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         assert isinstance(module, Attention)
         q, k, _ = module.queries_keys_values(inputs[0])
         logits = (q @ k.transpose(-1, -2)) * module.scale
-        largest.append(logits.tril().abs().max())
+        largest.append(logits.tril().abs().view(count, -1).amax(dim=1))
 
     hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
     try:
-        model(torch.from_numpy(input_BS).to(device))
+        model(for_members(input_BS, model.members, device))
     finally:
         for hook in hooks:
             hook.remove()
-    return torch.stack(largest).max().item()
+    return torch.stack(largest).amax(dim=0)
+
+
+def for_members(
+    token_BS: NDArray[np.int64], members: tuple[int, ...], device: torch.device
+) -> torch.Tensor:
+    """The same tokens for every member of a stack, (R, B, S)."""
+    token = torch.from_numpy(token_BS).to(device)
+    return token.expand(*members, *token.shape) if members else token
 
 
 def autocast(device: torch.device) -> torch.autocast:

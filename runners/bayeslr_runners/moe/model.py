@@ -1,11 +1,13 @@
 """A mixture-of-experts transformer decoder.
 
 Shape suffixes: B sequences, S positions, T = B x S tokens, D model width, H heads, C head width,
-E experts, K chosen experts a token, F expert width, V vocabulary, L layers.
+E experts, K chosen experts a token, F expert width, V vocabulary, L layers. The same network can
+be a stack of R members that never meet: then every tensor and parameter has a leading axis R.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -53,15 +55,20 @@ class LayerStats(NamedTuple):
 class RMSNorm(nn.Module):
     """Root-mean-square normalisation over the last axis, with a gain for each of ``sizes``."""
 
-    def __init__(self, *sizes: int) -> None:
+    def __init__(self, *sizes: int, members: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(sizes))
+        self.num_stacked = len(members)
+        self.weight = nn.Parameter(torch.empty(*members, *sizes))
 
     def forward(self, x: Tensor) -> Tensor:
         """Shape kept."""
+        weight: Tensor = self.weight
+        if self.num_stacked:
+            between = (1,) * (x.dim() - weight.dim())
+            weight = weight.view(weight.shape[:1] + between + weight.shape[1:])
         if x.is_cuda:
-            return F.rms_norm(x, x.shape[-1:], None, RMS_EPS) * self.weight
-        return apply(_RMSNorm, x, self.weight)
+            return F.rms_norm(x, x.shape[-1:], None, RMS_EPS) * weight
+        return apply(_RMSNorm, x, weight)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -89,24 +96,33 @@ class _RMSNorm(torch.autograd.Function):
 class Attention(nn.Module):
     """Causal self-attention with rotary positions and, if asked, normalised queries and keys."""
 
-    def __init__(self, shape: MoeShape, rules: Parametrization, options: ModelOptions) -> None:
+    def __init__(
+        self,
+        shape: MoeShape,
+        rules: Parametrization,
+        options: ModelOptions,
+        members: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         d = shape.d_model
         self.num_heads = shape.n_heads
         self.scale = rules.attention_scale
         self.rope_theta = options.rope_theta
-        self.qkv = nn.Parameter(torch.empty(3 * d, d))
-        self.out = nn.Parameter(torch.empty(d, d))
-        self.qk_norm = RMSNorm(2, 1, shape.d_head) if options.qk_norm else None
+        self.qkv = nn.Parameter(torch.empty(*members, 3 * d, d))
+        self.out = nn.Parameter(torch.empty(*members, d, d))
+        self.qk_norm = RMSNorm(2, 1, shape.d_head, members=members) if options.qk_norm else None
 
     def queries_keys_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, each (B, H, S, C)."""
-        num_sequences, seq_len, width = x_BSD.shape
-        qk, v = torch.split(F.linear(x_BSD, self.qkv), [2 * width, width], dim=-1)
-        qk_BS2HC = qk.reshape(num_sequences, seq_len, 2, self.num_heads, -1)
+        """Rotated queries and keys, and values, each (B, H, S, C); a stack's members side by side.
+
+        They are R x B sequences then.
+        """
+        width = x_BSD.shape[-1]
+        qk, v = torch.split(linear(x_BSD, self.qkv), [2 * width, width], dim=-1)
+        qk_BS2HC = qk.reshape(*qk.shape[:-1], 2, self.num_heads, -1)
         if self.qk_norm is not None:
             qk_BS2HC = self.qk_norm(qk_BS2HC)
-        q_BSHC, k_BSHC = rotate(qk_BS2HC, self.rope_theta).unbind(2)
+        q_BSHC, k_BSHC = rotate(qk_BS2HC.flatten(0, -5), self.rope_theta).unbind(2)
         v_BSHC = v.reshape(k_BSHC.shape)
         return q_BSHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2)
 
@@ -116,34 +132,44 @@ class Attention(nn.Module):
         y_BHSC = F.scaled_dot_product_attention(
             q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=self.scale
         )
-        return F.linear(y_BHSC.transpose(1, 2).reshape(x_BSD.shape), self.out)
+        return linear(y_BHSC.transpose(1, 2).reshape(x_BSD.shape), self.out)
 
 
 class MoeLayer(nn.Module):
     """Routed SwiGLU experts, plus shared ones that every token passes through."""
 
-    def __init__(self, shape: MoeShape, rules: Parametrization, options: ModelOptions) -> None:
+    def __init__(
+        self,
+        shape: MoeShape,
+        rules: Parametrization,
+        options: ModelOptions,
+        members: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
         d, hidden, num_experts = shape.d_model, shape.d_expert, shape.n_experts
         self.top_k = shape.top_k
         self.gates = options.gates or rules.gates
         self.route_scale, self.output = rules.route_scale, rules.groups["expert_down"].output
         self.router_output = rules.groups["router"].output
-        self.router = nn.Parameter(torch.empty(num_experts, d)) if shape.has_router else None
-        self.experts_up = nn.Parameter(torch.empty(num_experts, d, 2 * hidden))
-        self.experts_down = nn.Parameter(torch.empty(num_experts, hidden, d))
+        self.router: nn.Parameter | None = None
+        if shape.has_router:
+            self.router = nn.Parameter(torch.empty(*members, num_experts, d))
+        self.experts_up = nn.Parameter(torch.empty(*members, num_experts, d, 2 * hidden))
+        self.experts_down = nn.Parameter(torch.empty(*members, num_experts, hidden, d))
         # Shared experts side by side are one wider expert.
         width = shape.n_shared_experts * hidden
-        self.shared_up = nn.Parameter(torch.empty(d, 2 * width)) if width else None
-        self.shared_down = nn.Parameter(torch.empty(width, d)) if width else None
+        self.shared_up = nn.Parameter(torch.empty(*members, d, 2 * width)) if width else None
+        self.shared_down = nn.Parameter(torch.empty(*members, width, d)) if width else None
         balanced = options.bias_rate > 0 and shape.has_router
-        self.register_buffer("selection_bias", torch.zeros(num_experts) if balanced else None)
+        bias_E = torch.zeros(*members, num_experts) if balanced else None
+        self.register_buffer("selection_bias", bias_E)
         self.selection_bias: Tensor | None
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, LayerStats | None]:
         """Output of the same shape, and what the router did (None without a router)."""
         if self.router is None:
-            out_TD = swiglu(x_TD @ self.experts_up[0]) @ self.experts_down[0]
+            up_DF, down_FD = self.experts_up.squeeze(-3), self.experts_down.squeeze(-3)
+            out_TD = swiglu(x_TD @ up_DF) @ down_FD
             stats = None
         else:
             out_TD, stats = self._routed(x_TD, self.router)
@@ -156,7 +182,7 @@ class MoeLayer(nn.Module):
     def _routed(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, LayerStats]:
         # Rounding of router logits changes which experts are chosen: float32, whatever the rest is.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.float(), router_ED.float())
+            logits_TE = linear(x_TD.float(), router_ED.float())
             if self.router_output != 1.0:
                 logits_TE = logits_TE * self.router_output
             gate_TE, score_TE = gates_and_scores(logits_TE, self.gates)
@@ -167,7 +193,7 @@ class MoeLayer(nn.Module):
                 normalise=self.gates.endswith("_topk"),
             )
             with torch.no_grad():
-                entropy = -torch.xlogy(score_TE, score_TE).sum(-1).mean()
+                entropy = -torch.xlogy(score_TE, score_TE).sum(-1).mean(-1)
             stats = LayerStats(
                 load_balance_loss(score_TE, routing.load_E),
                 router_z_loss(logits_TE),
@@ -180,24 +206,33 @@ class MoeLayer(nn.Module):
 class Block(nn.Module):
     """Attention, then experts, each on the normalised residual stream."""
 
-    def __init__(self, shape: MoeShape, rules: Parametrization, options: ModelOptions) -> None:
+    def __init__(
+        self,
+        shape: MoeShape,
+        rules: Parametrization,
+        options: ModelOptions,
+        members: tuple[int, ...] = (),
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(shape.d_model)
-        self.attention = Attention(shape, rules, options)
-        self.moe_norm = RMSNorm(shape.d_model)
-        self.moe = MoeLayer(shape, rules, options)
+        self.attention_norm = RMSNorm(shape.d_model, members=members)
+        self.attention = Attention(shape, rules, options, members)
+        self.moe_norm = RMSNorm(shape.d_model, members=members)
+        self.moe = MoeLayer(shape, rules, options, members)
         self.residual = rules.residual
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, LayerStats | None]:
         """Output of the same shape, and what the router did."""
         attended_BSD = self.attention(self.attention_norm(x_BSD))
         x_BSD = torch.add(x_BSD, attended_BSD, alpha=self.residual)
-        y_TD, stats = self.moe(self.moe_norm(x_BSD).flatten(0, 1))
+        y_TD, stats = self.moe(self.moe_norm(x_BSD).flatten(-3, -2))
         return torch.add(x_BSD, y_TD.view_as(x_BSD), alpha=self.residual), stats
 
 
 class MoeTransformer(nn.Module):
-    """Decoder over token ids; embedding and head are not tied."""
+    """Decoder over token ids; embedding and head are not tied.
+
+    seed: one, or several for a stack with a member a seed; each starts as it would alone.
+    """
 
     def __init__(
         self,
@@ -206,31 +241,38 @@ class MoeTransformer(nn.Module):
         options: ModelOptions,
         *,
         vocab_size: int,
-        seed: int,
+        seed: int | Sequence[int],
     ) -> None:
         super().__init__()
-        self.embedding = nn.Parameter(torch.empty(vocab_size, shape.d_model))
-        self.blocks = nn.ModuleList(Block(shape, rules, options) for _ in range(shape.n_layers))
-        self.norm = RMSNorm(shape.d_model)
-        self.head = nn.Parameter(torch.empty(vocab_size, shape.d_model))
+        members = () if isinstance(seed, int) else (len(seed),)
+        self.members = members
+        self.embedding = nn.Parameter(torch.empty(*members, vocab_size, shape.d_model))
+        self.blocks = nn.ModuleList(
+            Block(shape, rules, options, members) for _ in range(shape.n_layers)
+        )
+        self.norm = RMSNorm(shape.d_model, members=members)
+        self.head = nn.Parameter(torch.empty(*members, vocab_size, shape.d_model))
         self.embedding_output = rules.groups["embedding"].output
         self.head_output = rules.groups["head"].output
-        self._initialise(rules, seed)
+        self._initialise(rules, [seed] if isinstance(seed, int) else seed)
 
     @torch.no_grad()
-    def _initialise(self, rules: Parametrization, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+    def _initialise(self, rules: Parametrization, seeds: Sequence[int]) -> None:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         for name, parameter in self.named_parameters():
             group = group_of(name, NAMING)
-            if group == "norm":
-                parameter.fill_(1.0)
-            else:
-                std = rules.groups[group].init_std
-                parameter.normal_(0.0, std, generator=generator)
+            std = rules.groups[group].init_std
+            for one, generator in zip(
+                parameter if self.members else [parameter], generators, strict=True
+            ):
+                if group == "norm":
+                    one.fill_(1.0)
+                else:
+                    one.normal_(0.0, std, generator=generator)
 
     def forward(self, token_BS: Tensor) -> tuple[Tensor, list[LayerStats]]:
         """Logits (B, S, V), and what each router did."""
-        x_BSD = F.embedding(token_BS, self.embedding)
+        x_BSD = embed(token_BS, self.embedding)
         if self.embedding_output != 1.0:
             x_BSD = x_BSD * self.embedding_output
         stats = []
@@ -238,10 +280,27 @@ class MoeTransformer(nn.Module):
             x_BSD, layer_stats = block(x_BSD)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        logits_BSV = F.linear(self.norm(x_BSD), self.head)
+        logits_BSV = linear(self.norm(x_BSD), self.head)
         if self.head_output != 1.0:
             logits_BSV = logits_BSV * self.head_output
         return logits_BSV, stats
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Rows of ``x`` times the transposed matrix; in a stack, each member's times its own."""
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    out: Tensor = torch.bmm(x.flatten(1, -2), weight.mT)
+    return out.view(*x.shape[:-1], -1)
+
+
+def embed(token: Tensor, weight: Tensor) -> Tensor:
+    """Rows of the embedding; in a stack, each member's own."""
+    if weight.dim() == 2:
+        return F.embedding(token, weight)
+    num_members, vocab_size, _ = weight.shape
+    first_row_R = torch.arange(num_members, device=token.device) * vocab_size
+    return F.embedding(token + first_row_R.view(-1, 1, 1), weight.flatten(0, 1))
 
 
 def rotate(x_BS2HC: Tensor, theta: float) -> Tensor:

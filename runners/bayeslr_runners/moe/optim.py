@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -63,10 +63,28 @@ def group_of(name: str, naming: Mapping[str, str]) -> str:
     )
 
 
+def stacked_groups(members: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Parameter groups of a stack from its members' own, which share parameters and epsilon.
+
+    LR and weight decay become (R, 1), one a member.
+    """
+    return [
+        {
+            **groups[0],
+            **{
+                key: torch.tensor([[group[key]] for group in groups])
+                for key in ("lr", "weight_decay")
+            },
+        }
+        for groups in zip(*members, strict=True)
+    ]
+
+
 class AdamW:
     """AdamW over `param_groups`, each group's weights and gradients one flat tensor.
 
-    The parameters become views of the flat tensors. ``torch.optim`` does the same arithmetic; its
+    In a stack (`stacked_groups`) that tensor is (R, n), and each member is clipped by its own norm.
+    The parameters become views of the flat weights. ``torch.optim`` does the same arithmetic; its
     optimizers import the compiler, which costs a short run a second.
     """
 
@@ -74,17 +92,24 @@ class AdamW:
         self.beta1, self.beta2, self.num_steps = beta1, beta2, 0
         self.groups = [_FlatGroup(group) for group in groups]
 
-    def zero_grad(self) -> None:
-        """Clear the gradients before a backward pass."""
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of a scalar loss, in place of those before."""
+        parameters = [parameter for group in self.groups for parameter in group.parameters]
+        found = iter(torch.autograd.grad(loss, parameters))
         for group in self.groups:
-            group.grad.zero_()
+            flat = [next(found).flatten(group.num_stacked) for _ in group.parameters]
+            torch.cat(flat, dim=-1, out=group.grad)
 
     def clip_grad(self, max_norm: float) -> Tensor:
-        """Scale all gradients to a joint norm of ``max_norm`` at most; the norm before that."""
+        """Scale all gradients to a joint norm of ``max_norm`` at most; the norm before that, (R,).
+
+        A scalar outside a stack.
+        """
         norm: Tensor = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(group.grad) for group in self.groups])
+            torch.stack([torch.linalg.vector_norm(group.grad, dim=-1) for group in self.groups]),
+            dim=0,
         )
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(-1)
         for group in self.groups:
             group.grad.mul_(factor)
         return norm
@@ -101,25 +126,28 @@ class AdamW:
             group.square.mul_(self.beta2).addcmul_(group.grad, group.grad, value=1.0 - self.beta2)
             denominator = group.square.sqrt().div_(square_bias**0.5).add_(group.eps)
             group.weights.mul_(1.0 - lr * group.weight_decay)
-            group.weights.addcdiv_(group.mean, denominator, value=-lr / mean_bias)
+            if isinstance(lr, float):
+                group.weights.addcdiv_(group.mean, denominator, value=-lr / mean_bias)
+            else:
+                group.weights.addcdiv_(group.mean * (-lr / mean_bias), denominator)
 
-    def state(self) -> dict[str, Any]:
-        """A copy of weights and moments, on the CPU."""
+    def state(self, member: int | None = None) -> dict[str, Any]:
+        """A copy of weights and moments, on the CPU; of one member of a stack, as if alone."""
         return {
             "num_steps": self.num_steps,
             "groups": {
-                group.name: {key: getattr(group, key).to("cpu", copy=True) for key in _SAVED}
+                group.name: {key: group.saved(key, member).to("cpu", copy=True) for key in _SAVED}
                 for group in self.groups
             },
         }
 
     @torch.no_grad()
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, state: dict[str, Any], member: int | None = None) -> None:
         """Inverse of `state`; the model's weights change with it."""
         self.num_steps = state["num_steps"]
         for group in self.groups:
             for key, saved in state["groups"][group.name].items():
-                getattr(group, key).copy_(saved)
+                group.saved(key, member).copy_(saved)
 
 
 _SAVED = ("weights", "mean", "square")
@@ -129,16 +157,28 @@ class _FlatGroup:
     """A module group's weights, gradients and moments, end to end."""
 
     def __init__(self, group: dict[str, Any]) -> None:
-        parameters: list[nn.Parameter] = group["params"]
+        self.parameters: list[nn.Parameter] = group["params"]
         self.name: str = group["group"]
-        self.peak_lr: float = group["lr"]
-        self.weight_decay: float = group["weight_decay"]
+        device = self.parameters[0].device
+        self.peak_lr: float | Tensor = _on(device, group["lr"])
+        self.weight_decay: float | Tensor = _on(device, group["weight_decay"])
         self.eps: float = group["eps"]
-        self.weights = torch.cat([p.detach().flatten() for p in parameters])
+        # The members of a stack are rows, so that each one's weights lie as they do alone.
+        self.num_stacked = 1 if isinstance(self.peak_lr, Tensor) else 0
+        flat = [p.detach().flatten(self.num_stacked) for p in self.parameters]
+        self.weights = torch.cat(flat, dim=-1)
         self.grad, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
-        sizes = [p.numel() for p in parameters]
-        for parameter, weights, grad in zip(
-            parameters, torch.split(self.weights, sizes), torch.split(self.grad, sizes), strict=True
+        sizes = [one.shape[-1] for one in flat]
+        for parameter, weights in zip(
+            self.parameters, torch.split(self.weights, sizes, dim=-1), strict=True
         ):
             parameter.data = weights.view(parameter.shape)
-            parameter.grad = grad.view(parameter.shape)
+
+    def saved(self, key: str, member: int | None) -> Tensor:
+        """Weights or a moment, in a stack of one member."""
+        whole: Tensor = getattr(self, key)
+        return whole if member is None else whole[member]
+
+
+def _on(device: torch.device, value: float | Tensor) -> float | Tensor:
+    return value.to(device) if isinstance(value, Tensor) else value

@@ -1,16 +1,17 @@
-"""One training run: trunk, decay branches, records, checkpoints.
+"""One training run, or a stack of them: trunk, decay branches, records, checkpoints.
 
-The position of a run is (horizon, whether it has left the trunk, step). A checkpoint holds the
-position and the state of the network there, and inside a branch also the state of the trunk where
-the branch left it.
+The position, the same for all members of a stack, is (horizon, whether it has left the trunk,
+step). A checkpoint holds the position and the state of the network there, and inside a branch also
+the state of the trunk where the branch left it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,25 +25,33 @@ from bayeslr_runners.moe.divergence import Watch, cause
 from bayeslr_runners.moe.records import RecordLog, build_row
 from bayeslr_runners.moe.schedule import Horizon, horizons, lr_factor, schedule_state
 from bayeslr_runners.moe.specfile import read_spec
+from bayeslr_runners.moe.stack import check_stack
 from bayeslr_runners.moe.trainer import Step, Trainer
 
 # A blow-up must last this share of the steps to the longest horizon, and this many steps at least.
 PATIENCE_SHARE, PATIENCE_STEPS = 0.02, 20
 
 
-def train(run_dir: Path, *, progress: Callable[[str], None] | None = None) -> None:
+def train(*run_dirs: Path, progress: Callable[[str], None] | None = None) -> None:
     """Train the run of a folder to its end, or go on with it; its records say what came of it.
 
+    Several folders are trained as one program (see `stack`), each with the records and the
+    checkpoints that it would have alone. Those that have ended are left as they are, those that
+    stopped at different places are not stacked with each other.
     progress: called with a line of text after each step.
-    Raises: SpecError if the spec breaks a rule, StorageError if the disk refuses.
+    Raises: SpecError if a spec breaks a rule, StorageError if the disk refuses.
     """
-    spec = read_spec(run_dir)
-    records = RecordLog(run_dir / RECORDS_FILE)
-    if has_ended(records, spec):
-        return
-    run = _Run(run_dir, spec, records, Trainer.build(spec), progress or (lambda line: None))
-    run.resume()
-    run.to_the_end()
+    specs = [read_spec(run_dir) for run_dir in run_dirs]
+    check_stack(specs)
+    by_position: dict[_Position, list[_Member]] = {}
+    for run_dir, spec in zip(run_dirs, specs, strict=True):
+        records = RecordLog(run_dir / RECORDS_FILE)
+        if not has_ended(records, spec):
+            position, member = _resumed(_Member(run_dir, spec, records))
+            by_position.setdefault(position, []).append(member)
+    for position, members in by_position.items():
+        trainer = Trainer.build(*(member.spec for member in members))
+        _Run(members, position, trainer, progress or (lambda line: None)).to_the_end()
 
 
 def has_ended(records: RecordLog, spec: RunSpec) -> bool:
@@ -53,7 +62,7 @@ def has_ended(records: RecordLog, spec: RunSpec) -> bool:
     )
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Position:
     """``steps_trained`` also counts the steps of branches that were left behind."""
 
@@ -63,82 +72,110 @@ class _Position:
     steps_trained: int = 0
 
 
-class _Diverged(Exception):
-    """The run is over, for the reason in the argument."""
+class _Member:
+    """One run of a stack: where it is kept, what was seen of its losses, its part of the time."""
+
+    def __init__(self, run_dir: Path, spec: RunSpec, records: RecordLog) -> None:
+        self.run_dir, self.spec, self.records = run_dir, spec, records
+        num_steps = horizons(spec)[-1].num_steps
+        self.watch = Watch(patience=max(PATIENCE_STEPS, round(PATIENCE_SHARE * num_steps)))
+        self.last: Step | None = None
+        self.live: dict[str, Any] | None = None
+        self.trunk: dict[str, Any] | None = None
+        self.wall_s = 0.0
+
+    def state(self, network: dict[str, Any]) -> dict[str, Any]:
+        """The network where it is now, with what was seen of its losses on the way."""
+        return {
+            "trainer": network,
+            "watch": dataclasses.asdict(self.watch),
+            "last": dataclasses.asdict(self.last) if self.last else None,
+        }
+
+    def restore(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Inverse of `state`; the network."""
+        self.watch = Watch(**state["watch"])
+        self.last = Step(**state["last"]) if state["last"] else None
+        network: dict[str, Any] = state["trainer"]
+        return network
+
+    def spec_hash(self) -> str:
+        """What a checkpoint must have been saved under."""
+        return hashlib.sha256(self.spec.to_json().encode()).hexdigest()
+
+
+def _resumed(member: _Member) -> tuple[_Position, _Member]:
+    """The member where its last checkpoint is; at the start if there is none."""
+    saved = checkpoint.load(member.run_dir)
+    if saved is None:
+        return _Position(), member
+    if saved["spec"] != member.spec_hash():
+        raise StorageError(
+            f"{member.run_dir / checkpoint.CHECKPOINT_FILE} belongs to another spec than "
+            f"{SPEC_FILE} beside it; use a new folder for a new run"
+        )
+    member.trunk, member.live, member.wall_s = saved["trunk"], saved["live"], saved["wall_s"]
+    return _Position(**saved["position"]), member
+
+
+class _AllEnded(Exception):
+    """No member of the stack is left to train."""
 
 
 class _Run:
-    """Moves a trainer along the plan of its spec."""
+    """Moves a trainer along the plan that its members share."""
 
     def __init__(
         self,
-        run_dir: Path,
-        spec: RunSpec,
-        records: RecordLog,
+        members: list[_Member],
+        position: _Position,
         trainer: Trainer,
         progress: Callable[[str], None],
     ) -> None:
-        self.run_dir, self.spec, self.records = run_dir, spec, records
+        self.members, self.position = members, position
         self.trainer, self.progress = trainer, progress
+        self.spec = members[0].spec  # but for its LR, weight decay, seed and names
         self.options = trainer.options.train
-        self.plan = horizons(spec)
-        self.position = _Position()
-        self.trunk: dict[str, Any] | None = None
-        self.last: Step | None = None
-        patience = max(PATIENCE_STEPS, round(PATIENCE_SHARE * self.plan[-1].num_steps))
-        self.watch = Watch(patience=patience)
-        self.wall_before = 0.0
-        self.started = self.saved_at = time.monotonic()
+        self.plan = horizons(self.spec)
+        self.charged_at = self.saved_at = time.monotonic()
         self.partial_steps = self._partial_steps()
+        if members[0].live is not None:
+            self._restore([member.live for member in members if member.live is not None])
 
     def to_the_end(self) -> None:
         """Train what is left of the plan."""
-        try:
+        with contextlib.suppress(_AllEnded):
             for index in range(self.position.horizon, len(self.plan)):
                 self._train_horizon(index)
-        except _Diverged as error:
-            self._record_divergence(str(error))
-        if not self.options.keep_checkpoint:
-            checkpoint.remove(self.run_dir)
-
-    def resume(self) -> None:
-        """Go to where the last checkpoint is; to the start if there is none."""
-        saved = checkpoint.load(self.run_dir)
-        if saved is None:
-            return
-        if saved["spec"] != self._spec_hash():
-            raise StorageError(
-                f"{self.run_dir / checkpoint.CHECKPOINT_FILE} belongs to another spec than "
-                f"{SPEC_FILE} beside it; use a new folder for a new run"
-            )
-        self.position = _Position(**saved["position"])
-        self.trunk = saved["trunk"]
-        self.wall_before = saved["wall_s"]
-        self._restore(saved["live"])
+        for member in self.members:
+            self._clean(member)
 
     def _train_horizon(self, index: int) -> None:
-        horizon, position = self.plan[index], self.position
+        horizon = self.plan[index]
         is_last = index == len(self.plan) - 1
-        if not position.in_branch:
-            while position.step < horizon.branch_step:
+        if not self.position.in_branch:
+            while self.position.step < horizon.branch_step:
                 self._step(horizon)
-                if position.step in self.partial_steps:
+                if self.position.step in self.partial_steps:
                     self._record_partial()
                 self._save_if_due()
-            position.in_branch = True
+            self._move(in_branch=True)
             if not is_last and horizon.branch_step < horizon.num_steps:
-                self.trunk = self._state()
-        while position.step < horizon.num_steps:
+                for member, state in zip(self.members, self._states(), strict=True):
+                    member.trunk = state
+        while self.position.step < horizon.num_steps:
             self._step(horizon)
             self._save_if_due()
         self._record_horizon(horizon)
         if is_last:
             return
-        if self.trunk is not None:
-            self._restore(self.trunk)
-            position.step = horizon.branch_step
-        self.trunk = None
-        position.horizon, position.in_branch = index + 1, False
+        trunks = [member.trunk for member in self.members if member.trunk is not None]
+        if trunks:
+            self._restore(trunks)
+            self._move(step=horizon.branch_step)
+        for member in self.members:
+            member.trunk = None
+        self._move(horizon=index + 1, in_branch=False)
         self._save()
 
     def _step(self, horizon: Horizon) -> None:
@@ -149,70 +186,105 @@ class _Run:
             horizon.tokens,
             decay_shape=self.options.decay_shape,
         )
-        self.last = self.trainer.step(position.step, factor)
-        reason = self.watch.see(self.last.loss, self.last.grad_norm)
-        position.step += 1
-        position.steps_trained += 1
-        if reason is not None:
-            raise _Diverged(reason)
+        steps = self.trainer.step(position.step, factor)
+        self._move(step=position.step + 1, steps_trained=position.steps_trained + 1)
+        reasons = {}
+        for member, step in zip(self.members, steps, strict=True):
+            member.last = step
+            reason = member.watch.see(step.loss, step.grad_norm)
+            if reason is not None:
+                reasons[member.spec.run_id] = reason
+        self._drop(reasons)
         self.progress(
-            f"{spec.run_id}: {format_quantity(position.step * spec.batch_tokens)} of "
-            f"{format_quantity(horizon.tokens)} tokens, loss {self.last.loss:.3f}"
+            f"{_names(self.members)}: {format_quantity(self.position.step * spec.batch_tokens)} of "
+            f"{format_quantity(horizon.tokens)} tokens, loss {_losses(self.members)}"
         )
 
     def _record_horizon(self, horizon: Horizon) -> None:
-        measured = self.trainer.measure()
-        reason = self.watch.judge(measured.loss)
-        if reason is not None:
-            raise _Diverged(reason)
-        self._append(
-            status="ok", tokens=horizon.tokens, planned_tokens=horizon.tokens, measured=measured
-        )
+        found = dict(zip(self._ids(), self.trainer.measure(), strict=True))
+        judged = {m.spec.run_id: m.watch.judge(found[m.spec.run_id].loss) for m in self.members}
+        self._drop({run_id: reason for run_id, reason in judged.items() if reason is not None})
+        for member in self.members:
+            self._append(
+                member,
+                status="ok",
+                tokens=horizon.tokens,
+                planned_tokens=horizon.tokens,
+                measured=found[member.spec.run_id],
+            )
 
     def _record_partial(self) -> None:
-        self._append(
-            status="partial",
-            tokens=self.position.step * self.spec.batch_tokens,
-            planned_tokens=self.spec.tokens,
-            measured=self.trainer.measure(),
-        )
+        for member, measured in zip(self.members, self.trainer.measure(), strict=True):
+            self._append(
+                member,
+                status="partial",
+                tokens=self.position.step * self.spec.batch_tokens,
+                planned_tokens=self.spec.tokens,
+                measured=measured,
+            )
 
-    def _record_divergence(self, reason: str) -> None:
+    def _drop(self, reasons: Mapping[str, str]) -> None:
+        """Record the runs that have diverged, by run_id, and go on without them."""
+        if not reasons:
+            return
         shape = self.trainer.shape
-        self._append(
-            status="diverged",
-            status_reason=cause(
-                reason,
-                effective_experts=self.last.effective_experts if self.last else None,
-                top_k=shape.top_k,
-                num_experts=shape.n_experts,
-            ),
-            tokens=self.position.step * self.spec.batch_tokens,
-            planned_tokens=self.spec.tokens,
-        )
+        for member in self.members:
+            if member.spec.run_id in reasons:
+                self._append(
+                    member,
+                    status="diverged",
+                    status_reason=cause(
+                        reasons[member.spec.run_id],
+                        effective_experts=member.last.effective_experts if member.last else None,
+                        top_k=shape.top_k,
+                        num_experts=shape.n_experts,
+                    ),
+                    tokens=self.position.step * self.spec.batch_tokens,
+                    planned_tokens=self.spec.tokens,
+                )
+                self._clean(member)
+        kept = [i for i, m in enumerate(self.members) if m.spec.run_id not in reasons]
+        self.members = [self.members[i] for i in kept]
+        if not kept:
+            raise _AllEnded
+        self.trainer = self.trainer.keeping(kept)
 
-    def _append(self, **values: Any) -> None:
+    def _append(self, member: _Member, **values: Any) -> None:
         """Add a row for the run's present position."""
+        self._charge()
         tokens_seen = self.position.step * self.spec.batch_tokens
         horizon = self.plan[self.position.horizon]
-        self.records.append(
+        member.records.append(
             build_row(
-                self.spec,
+                member.spec,
                 **values,
                 flops_tokens=tokens_seen,
                 schedule_state=schedule_state(self.spec, tokens_seen, horizon.tokens),
-                wall_s=self._wall_s(),
+                wall_s=member.wall_s,
                 corpus=self.trainer.corpus,
                 device=self.trainer.device_name,
                 diagnostics={
-                    "train_loss": self.watch.smoothed,
-                    "grad_norm": self.last.grad_norm if self.last else None,
+                    "train_loss": member.watch.smoothed,
+                    "grad_norm": member.last.grad_norm if member.last else None,
                     "tokens_seen": tokens_seen,
                     "tokens_trained": self.position.steps_trained * self.spec.batch_tokens,
                     "threads": self.options.num_threads,
                 },
             )
         )
+
+    def _charge(self) -> None:
+        """Share the time since the last call between the members."""
+        now = time.monotonic()
+        for member in self.members:
+            member.wall_s += (now - self.charged_at) / len(self.members)
+        self.charged_at = now
+
+    def _move(self, **changes: Any) -> None:
+        self.position = dataclasses.replace(self.position, **changes)
+
+    def _ids(self) -> list[str]:
+        return [member.spec.run_id for member in self.members]
 
     def _partial_steps(self) -> frozenset[int]:
         """Steps of the trunk, evenly spaced, at which its undecayed loss is measured."""
@@ -231,33 +303,40 @@ class _Run:
             self._save()
 
     def _save(self) -> None:
-        checkpoint.save(
-            self.run_dir,
-            {
-                "spec": self._spec_hash(),
-                "position": dataclasses.asdict(self.position),
-                "trunk": self.trunk,
-                "wall_s": self._wall_s(),
-                "live": self._state(),
-            },
-        )
+        self._charge()
+        for member, state in zip(self.members, self._states(), strict=True):
+            checkpoint.save(
+                member.run_dir,
+                {
+                    "spec": member.spec_hash(),
+                    "position": dataclasses.asdict(self.position),
+                    "trunk": member.trunk,
+                    "wall_s": member.wall_s,
+                    "live": state,
+                },
+            )
         self.saved_at = time.monotonic()
 
-    def _state(self) -> dict[str, Any]:
-        """The network where it is now, with what was seen of its losses on the way."""
-        return {
-            "trainer": self.trainer.state(),
-            "watch": dataclasses.asdict(self.watch),
-            "last": dataclasses.asdict(self.last) if self.last else None,
-        }
+    def _states(self) -> list[dict[str, Any]]:
+        networks = self.trainer.state()
+        return [m.state(network) for m, network in zip(self.members, networks, strict=True)]
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.trainer.restore(state["trainer"])
-        self.watch = Watch(**state["watch"])
-        self.last = Step(**state["last"]) if state["last"] else None
+    def _restore(self, states: list[dict[str, Any]]) -> None:
+        self.trainer.restore(
+            [member.restore(state) for member, state in zip(self.members, states, strict=True)]
+        )
 
-    def _wall_s(self) -> float:
-        return self.wall_before + time.monotonic() - self.started
+    def _clean(self, member: _Member) -> None:
+        if not self.options.keep_checkpoint:
+            checkpoint.remove(member.run_dir)
 
-    def _spec_hash(self) -> str:
-        return hashlib.sha256(self.spec.to_json().encode()).hexdigest()
+
+def _names(members: Sequence[_Member]) -> str:
+    first = members[0].spec.run_id
+    return first if len(members) == 1 else f"{first} and {len(members) - 1} more"
+
+
+def _losses(members: Sequence[_Member]) -> str:
+    losses = [member.last.loss for member in members if member.last is not None]
+    low, high = f"{min(losses):.3f}", f"{max(losses):.3f}"
+    return low if len(members) == 1 else f"{low} to {high}"

@@ -5,6 +5,7 @@ Shape suffixes as in `model`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,9 @@ from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.data import Corpus, check_lengths, load_corpus, train_batch
 from bayeslr_runners.moe.measure import Measurement, autocast, load_summary, measure
 from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer
-from bayeslr_runners.moe.optim import AdamW, param_groups
+from bayeslr_runners.moe.optim import AdamW, param_groups, stacked_groups
 from bayeslr_runners.moe.options import Options
-from bayeslr_runners.moe.parametrization import parametrization
+from bayeslr_runners.moe.parametrization import Parametrization, parametrization
 from bayeslr_runners.moe.shapes import MoeShape
 
 
@@ -33,49 +34,65 @@ class Step:
 
 
 class Trainer:
-    """Takes optimizer steps of one run. Step number and seed decide the batch of a step."""
+    """Takes optimizer steps of one run, or of a stack of runs that share all but what `stack` says.
 
-    def __init__(self, spec: RunSpec, corpus: Corpus, options: Options) -> None:
+    Step number and seed decide the batch of a step. A stack is one program: every tensor has a
+    leading axis of R members, which never meet. What is returned is a list, one item a run.
+    """
+
+    def __init__(self, specs: Sequence[RunSpec], corpus: Corpus, options: Options) -> None:
+        spec = specs[0]
         shape = MoeShape.from_mapping(spec.shape)
-        rules = parametrization(
-            spec.parametrization,
-            shape,
-            options.scaling,
-            tokens=spec.tokens,
-            batch_tokens=spec.batch_tokens,
-        )
-        self.spec, self.corpus, self.options, self.shape = spec, corpus, options, shape
+        rules = [_rules(one, shape) for one in specs]
+        self.specs, self.corpus, self.options, self.shape = tuple(specs), corpus, options, shape
         self.device = torch.device(options.train.device)
+        seeds = [one.seed for one in specs]
         self.model = MoeTransformer(
-            shape, rules, options.model, vocab_size=corpus.vocab_size, seed=spec.seed
+            shape,
+            rules[0],
+            options.model,
+            vocab_size=corpus.vocab_size,
+            seed=seeds if len(specs) > 1 else seeds[0],
         ).to(self.device)
         self.forward = torch.compile(self.model) if options.train.compile else self.model
-        groups = param_groups(
-            self.model,
-            NAMING,
-            rules,
-            lr=spec.lr,
-            weight_decay=spec.weight_decay,
-            weight_decay_kind=spec.weight_decay_kind,
-            eps=options.train.adam_eps,
-        )
+        groups = [
+            param_groups(
+                self.model,
+                NAMING,
+                one_rules,
+                lr=one.lr,
+                weight_decay=one.weight_decay,
+                weight_decay_kind=one.weight_decay_kind,
+                eps=options.train.adam_eps,
+            )
+            for one, one_rules in zip(specs, rules, strict=True)
+        ]
         beta1, beta2 = (
-            1.0 - min(1.0, (1.0 - beta) * rules.one_minus_beta)
+            1.0 - min(1.0, (1.0 - beta) * rules[0].one_minus_beta)
             for beta in (options.train.beta1, options.train.beta2)
         )
-        self.optimizer = AdamW(groups, beta1=beta1, beta2=beta2)
+        self.optimizer = AdamW(
+            stacked_groups(groups) if len(specs) > 1 else groups[0], beta1=beta1, beta2=beta2
+        )
 
     @classmethod
-    def build(cls, spec: RunSpec) -> Trainer:
-        """Trainer of a spec, data loaded. Raises: SpecError if the spec breaks a rule."""
-        options = Options.from_mapping(spec.options)
+    def build(cls, *specs: RunSpec) -> Trainer:
+        """Trainer of one or more specs, data loaded. Raises: SpecError if one breaks a rule."""
+        options = Options.from_mapping(specs[0].options)
         if options.train.device == "cuda" and not torch.cuda.is_available():
             raise SpecError(
                 "options: device is 'cuda', but this PyTorch sees no CUDA device; use 'cpu'"
             )
         corpus = load_corpus(options.data)
-        check_lengths(corpus, seq_len=spec.seq_len)
-        return cls(spec, corpus, options)
+        check_lengths(corpus, seq_len=specs[0].seq_len)
+        return cls(specs, corpus, options)
+
+    def keeping(self, members: Sequence[int]) -> Trainer:
+        """The same runs without the others, where they are."""
+        states = self.state()
+        smaller = Trainer([self.specs[member] for member in members], self.corpus, self.options)
+        smaller.restore([states[member] for member in members])
+        return smaller
 
     @property
     def device_name(self) -> str:
@@ -83,63 +100,94 @@ class Trainer:
         is_gpu = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if is_gpu else "cpu"
 
-    def step(self, number: int, lr_factor: float) -> Step:
+    def step(self, number: int, lr_factor: float) -> list[Step]:
         """Take optimizer step ``number`` (from 0) at a share of the peak LR.
 
-        The weights are left alone if the loss or its gradient is not finite.
+        A single run's weights are left alone if its loss or gradient is not finite; in a stack the
+        others' are not touched by it, and it is for the caller to go on without that member.
         """
-        spec = self.spec
-        input_BS, target_BS = train_batch(
-            self.corpus,
-            seed=spec.seed,
-            step=number,
-            num_sequences=spec.batch_tokens // spec.seq_len,
-            seq_len=spec.seq_len,
-        )
+        input_BS, target_BS = self._batch(number)
         with autocast(self.device):
-            logits_BSV, stats = self.forward(torch.from_numpy(input_BS).to(self.device))
-            target_T = torch.from_numpy(target_BS).to(self.device).flatten()
-        loss = F.cross_entropy(logits_BSV.float().flatten(0, 1), target_T)
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss + self._router_losses(stats))
+            logits_BSV, stats = self.forward(input_BS)
+        token_loss = F.cross_entropy(
+            logits_BSV.float().flatten(0, -2), target_BS.flatten(), reduction="none"
+        )
+        loss = token_loss.view(*self.model.members, -1).mean(-1)
+        self.optimizer.backward((loss + self._router_losses(stats)).sum())
         norm = self.optimizer.clip_grad(self.options.train.grad_clip)
-        effective = None
+        effective: list[float | None] = [None] * len(self.specs)
         if stats:
-            load_LE = torch.stack([layer.load_E for layer in stats]).float()
-            effective = load_summary(load_LE)["effective_experts_min"]
-        result = Step(loss.item(), norm.item(), effective)
-        if bool(torch.isfinite(loss + norm)):
+            load_LE = torch.stack([layer.load_E for layer in stats], dim=-2).float()
+            load_RLE = load_LE.view(len(self.specs), *load_LE.shape[-2:])
+            effective = [load_summary(one)["effective_experts_min"] for one in load_RLE]
+        if self.model.members or bool(torch.isfinite(loss + norm)):
             self.optimizer.step(lr_factor)
             self._balance(stats)
-        return result
+        return [
+            Step(*values)
+            for values in zip(
+                loss.flatten().tolist(), norm.flatten().tolist(), effective, strict=True
+            )
+        ]
 
-    def measure(self) -> Measurement:
+    def measure(self) -> list[Measurement]:
         """Measure the validation loss and the network's state."""
+        spec = self.specs[0]
         return measure(
             self.model,
             self.corpus,
             val_tokens=self.options.data.val_tokens,
-            batch_sequences=self.spec.batch_tokens // self.spec.seq_len,
-            seq_len=self.spec.seq_len,
+            batch_sequences=spec.batch_tokens // spec.seq_len,
+            seq_len=spec.seq_len,
             device=self.device,
         )
 
-    def state(self) -> dict[str, Any]:
-        """A copy of weights, optimizer moments and buffers, on the CPU."""
-        return {
-            "optimizer": self.optimizer.state(),
-            "buffers": {n: b.to("cpu", copy=True) for n, b in self.model.named_buffers()},
-        }
+    def state(self) -> list[dict[str, Any]]:
+        """A copy of weights, optimizer moments and buffers of each run, on the CPU, as if alone."""
+        return [
+            {
+                "optimizer": self.optimizer.state(member),
+                "buffers": {
+                    name: (buffer if member is None else buffer[member]).to("cpu", copy=True)
+                    for name, buffer in self.model.named_buffers()
+                },
+            }
+            for member in self._members()
+        ]
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def restore(self, states: Sequence[Mapping[str, Any]]) -> None:
         """Inverse of `state`."""
-        self.optimizer.restore(state["optimizer"])
-        for name, buffer in self.model.named_buffers():
-            buffer.copy_(state["buffers"][name])
+        for member, state in zip(self._members(), states, strict=True):
+            self.optimizer.restore(state["optimizer"], member)
+            for name, buffer in self.model.named_buffers():
+                (buffer if member is None else buffer[member]).copy_(state["buffers"][name])
+
+    def _members(self) -> Sequence[int | None]:
+        return range(len(self.specs)) if self.model.members else [None]
+
+    def _batch(self, number: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of a step; members of one seed see the same ones."""
+        spec = self.specs[0]
+        by_seed = {
+            seed: train_batch(
+                self.corpus,
+                seed=seed,
+                step=number,
+                num_sequences=spec.batch_tokens // spec.seq_len,
+                seq_len=spec.seq_len,
+            )
+            for seed in dict.fromkeys(one.seed for one in self.specs)
+        }
+        sides = []
+        for side in (0, 1):
+            tokens = [torch.from_numpy(by_seed[one.seed][side]) for one in self.specs]
+            together = torch.stack(tokens) if self.model.members else tokens[0]
+            sides.append(together.to(self.device))
+        return sides[0], sides[1]
 
     def _router_losses(self, stats: list[LayerStats]) -> Tensor:
         options = self.options.model
-        total = torch.zeros((), device=self.device)
+        total = torch.zeros(self.model.members, device=self.device)
         for layer in stats:
             total = total + options.balance_coef * layer.balance_loss
             total = total + options.z_loss_coef * layer.z_loss
@@ -154,4 +202,14 @@ class Trainer:
         biases = [b for name, b in self.model.named_buffers() if name.endswith("selection_bias")]
         for bias_E, layer in zip(biases, stats, strict=True):
             load_E = layer.load_E.to(bias_E.dtype)
-            bias_E += rate * torch.sign(load_E.mean() - load_E)
+            bias_E += rate * torch.sign(load_E.mean(-1, keepdim=True) - load_E)
+
+
+def _rules(spec: RunSpec, shape: MoeShape) -> Parametrization:
+    return parametrization(
+        spec.parametrization,
+        shape,
+        Options.from_mapping(spec.options).scaling,
+        tokens=spec.tokens,
+        batch_tokens=spec.batch_tokens,
+    )
