@@ -15,10 +15,11 @@ from bayeslr_runners.moe.experts import (
     load_balance_loss,
     route,
     router_z_loss,
+    softmax_over_few,
     swiglu,
     swiglu_experts,
 )
-from bayeslr_runners.moe.model import MoeTransformer
+from bayeslr_runners.moe.model import MoeTransformer, token_losses
 from bayeslr_runners.moe.options import ModelOptions, ScalingOptions
 from bayeslr_runners.moe.parametrization import parametrization
 from bayeslr_runners.moe.shapes import MoeShape
@@ -255,3 +256,19 @@ def test_a_missing_width_is_named() -> None:
 def test_bad_options_say_what_is_wrong(options: dict[str, object], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         MoeRunner(options)
+
+
+def test_token_losses_and_gates_equal_pytorchs_with_their_gradients() -> None:
+    generator = torch.Generator().manual_seed(3)
+    logits = (20 * torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)).requires_grad_()
+    target = torch.randint(0, 11, (2, 7), generator=generator)
+    upstream = torch.randn(2, 7, generator=generator, dtype=torch.float64)
+    wanted = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(2, 7)
+    pairs = [(token_losses(logits, target), wanted, upstream)]
+    many = torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)
+    pairs.append((softmax_over_few(logits), torch.softmax(logits, -1), many))
+    for got, expected, grad in pairs:
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(
+            torch.autograd.grad(got, logits, grad), torch.autograd.grad(expected, logits, grad)
+        )

