@@ -14,6 +14,8 @@ from bayeslr.runner_protocol import Runner, Trial
 from bayeslr.specs import Recipe, RunSpec, Target
 from bayeslr.units import parse_quantity
 
+_NOT_LONGER = ("diverged", "failed", "pruned")
+
 LRS_PER_START_CELL = 3
 """Fewest LRs that can show a valley: one to each side of the lowest."""
 
@@ -94,8 +96,9 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
             continue
         spec = trial.spec
         key = line_of(spec)
-        # A run that broke or blew up would do so again further on: same seed, same steps.
-        reached = recipe.space.tokens if trial.state in ("diverged", "failed") else spec.decay_at
+        # A run that broke or blew up would do so again further on: same seed, same steps. One that
+        # was stopped early told enough.
+        reached = recipe.space.tokens if trial.state in _NOT_LONGER else spec.decay_at
         measured.setdefault(key, set()).update(reached)
     priced = []
     wsd = recipe.run.get("schedule", "wsd") == "wsd"

@@ -221,6 +221,7 @@ class Recipe:
     weight_decay, ...), ``options`` what the runner alone understands. ``targets`` whose ``shape``
     key names widths get their counts from the runner. ``stop_rule`` ends the sweep where a
     run costs more FLOPs than it is expected to save at the targets; without it the budget is spent.
+    ``early_ends`` stops runs that are far up their valley's side.
     ``validate_target`` trains the first target
     at the recommended LR and at its half and double once the sweep has ended. ``strategy`` is
     ``bayes`` (the posterior chooses the runs) or ``random`` (a baseline, which refits at the end
@@ -240,6 +241,7 @@ class Recipe:
     max_runs: int | None = None
     start_runs: int = 6
     stop_rule: bool = True
+    early_ends: bool = True
     validate_target: bool = False
     strategy: str = "bayes"
     run: Mapping[str, Any] = field(default_factory=dict)

@@ -127,6 +127,8 @@ def _print_summary(result: SweepResult) -> None:
         f"{result.runs.frame['run_id'].nunique()} runs, {format_quantity(spent)} FLOPs "
         f"({spent / budget:.0%} of the budget); stopped: {result.stop.reason}"
     )
+    if result.early.runs:
+        _echo(result.early.line())
     rows: list[dict[str, Any]] = result.predictions.to_dict("records")  # type: ignore[assignment]
     for row in rows:
         _echo(f"{row['target_id']}: {row['sentence']}")

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslr.errors import DataError, SpecError, StorageError, UntrustworthyFit
+from bayeslr.loop.early import EarlyEnds, early_ends
 from bayeslr.loop.planning import Planner, again, table_of
 from bayeslr.loop.status import status_of
 from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
     from bayeslr.runs import RunTable
 
-MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "validate_target")
+MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "early_ends", "validate_target")
 """What a recipe may change between two starts of one sweep."""
 
 _VERSIONED = ("bayeslr", "jax", "numpyro", "pymc", "numpy", "pandas", "optuna", "torch")
@@ -59,7 +60,7 @@ _VERSIONED = ("bayeslr", "jax", "numpyro", "pymc", "numpy", "pandas", "optuna", 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """What a sweep leaves: its runs, the posterior, the predictions and why it stopped."""
+    """What a sweep leaves: runs, posterior, predictions, why it stopped, what ended early."""
 
     recipe: Recipe
     out: Path
@@ -68,6 +69,7 @@ class SweepResult:
     predictions: pd.DataFrame
     stop: Stop
     spent_flops: float
+    early: EarlyEnds
     validation: Validation | None = None
 
 
@@ -341,6 +343,7 @@ def _conclude(
         predictions=predictions,
         stop=stop,
         spent_flops=math.fsum(t.flops for t in trials),
+        early=early_ends(trials, posterior),
     )
 
 

@@ -94,6 +94,12 @@ class Child:
         self._read += len(whole)
         return parse_rows(self.spec, whole)[0]
 
+    def rows(self) -> list[dict[str, Any]]:
+        """All records that are complete."""
+        path = self.run_dir / RECORDS_FILE
+        content = path.read_bytes() if path.exists() else b""
+        return parse_rows(self.spec, content[: content.rfind(b"\n") + 1])[0]
+
     def verdict(self) -> Verdict:
         """How the ended process left the run."""
         code = self._process.returncode
@@ -188,6 +194,21 @@ def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = 
     end = {**spec_row(spec), "tokens": max(1.0, share * spec.tokens), "loss": None}
     end |= {"status": state, "status_reason": failure}
     return Verdict(state=state, reason=failure, rows=(*_thinned(rows), end), share=share)
+
+
+def ended_early(spec: RunSpec, run_dir: Path, reason: str) -> Verdict:
+    """Verdict of a run that was stopped: its curve, the last point ``pruned``.
+
+    One that came to its end while it was being stopped is judged as any other.
+    """
+    whole = judge(spec, run_dir)
+    if whole.state in ("ok", "diverged"):
+        return whole
+    rows = [dict(row) for row in whole.rows if row["status"] in ("partial", "ok")]
+    rows[-1] |= {"status_reason": f"stopped early: {reason}"}
+    if rows[-1]["status"] == "partial":
+        rows[-1]["status"] = "pruned"
+    return Verdict(state="pruned", reason=reason, rows=tuple(rows), share=whole.share)
 
 
 def complete(spec: RunSpec, run_dir: Path) -> bool:

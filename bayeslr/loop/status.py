@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import Counter
 from typing import Any
 
+from bayeslr.loop.early import EarlyEnds, early_ends
 from bayeslr.runner_protocol import Study
 from bayeslr.units import format_quantity
 
@@ -40,6 +42,7 @@ def status_of(study: Study) -> dict[str, Any]:
             for t in running
         ],
         "dead_workers": sorted({t.owner for t in running if not t.alive}),
+        "early_ends": dataclasses.asdict(early_ends(trials)),
         "failed": [
             {"run_id": t.spec.run_id, "state": t.state, "reason": t.status_reason}
             for t in trials
@@ -62,6 +65,9 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"stopped ({status['stop']['kind']}): {status['stop']['reason']}")
     elif status["state"] == "idle":
         lines.append("no worker is alive; the same `bayeslr sweep` command resumes it")
+    early = EarlyEnds(**status["early_ends"])
+    if early.runs:
+        lines.append(early.line())
     for run in status["running"]:
         seen = "never" if run["lease_s"] is None else f"{run['lease_s']:.0f} s ago"
         alive = "" if run["alive"] else ", DEAD: will be taken over"

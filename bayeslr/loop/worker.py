@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from bayeslr.errors import SpecError
-from bayeslr.loop.children import Child, Verdict, complete, judge, write_rows
+from bayeslr.loop.children import Child, Verdict, complete, ended_early, judge, write_rows
+from bayeslr.loop.early import hopeless
 from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_quantity
@@ -119,8 +120,12 @@ class Worker:
         beat = time.monotonic() - self._beat_at > BEAT_SECONDS
         for number, child in list(self._children.items()):
             running = child.running
-            self._report(number, child)
-            if not running:
+            reported = self._report(number, child)
+            why = self._hopeless(child) if reported and running else ""
+            if why:
+                self._end_early(number, child, why)
+                ended = True
+            elif not running:
                 self._end(number, child)
                 ended = True
             elif beat and not self._study.beat(number):
@@ -132,14 +137,31 @@ class Worker:
             self._beat_at = time.monotonic()
         return ended
 
-    def _report(self, number: int, child: Child) -> None:
+    def _report(self, number: int, child: Child) -> bool:
+        """Put the newest loss into the study; whether there was one, and it was time for it."""
         rows = [r for r in child.new_rows() if r["loss"] is not None]
         if not rows:
-            return
+            return False
         if time.monotonic() - self._reported_at.get(number, -REPORT_SECONDS) < REPORT_SECONDS:
-            return
+            return False
         self._reported_at[number] = time.monotonic()
         self._study.report(number, tokens=int(rows[-1]["tokens"]), loss=float(rows[-1]["loss"]))
+        return True
+
+    def _hopeless(self, child: Child) -> str:
+        """Why a run should be stopped, judged against the runs of earlier batches."""
+        if not self._study.recipe().early_ends:
+            return ""
+        note = self._study.note(f"batch:{self._batch}")
+        mine = {due_of(entry).spec.run_id for entry in note["runs"]} if note else set()
+        earlier = [t for t in self._study.trials() if t.finished and t.spec.run_id not in mine]
+        return hopeless(child.spec, child.rows(), earlier)
+
+    def _end_early(self, number: int, child: Child, why: str) -> None:
+        child.stop()
+        del self._children[number]
+        verdict = ended_early(child.spec, child.run_dir, why)
+        self._tell(number, child.spec, verdict, child.wall_s)
 
     def _end(self, number: int, child: Child) -> None:
         del self._children[number]
@@ -163,6 +185,8 @@ class Worker:
         outcome = verdict.state
         if verdict.state == "ok":
             outcome = f"loss {verdict.rows[-1]['loss']:.4f}"
+        elif verdict.state == "pruned":
+            outcome = f"stopped early: {verdict.reason}"
         elif verdict.reason:
             outcome += f" ({verdict.reason})"
         return (

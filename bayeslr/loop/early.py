@@ -1,0 +1,143 @@
+"""Early ends: runs far up their valley's side are stopped, their curve kept and used.
+
+The likelihood gives a run less weight the farther it lies above its slice's floor, so one that is
+surely far above it has little left to tell, whatever it still costs. A run is stopped where, at
+the same tokens, its loss is more than `EXCESS` above the lowest of the runs of its shape and batch,
+and two of those surround the lowest, one of them between it and this run in LR. So the lowest run
+and its neighbours always finish.
+Only runs of earlier batches count: what a run is compared with does not depend on who is faster.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from bayeslr.runner_protocol import Trial
+from bayeslr.specs import RunSpec
+from bayeslr.units import format_quantity
+
+if TYPE_CHECKING:
+    from bayeslr.posterior import Posterior
+
+EXCESS = 0.15
+"""Nats above the slice's lowest loss. In the quickstart's proxies an LR two octaves above another
+loses 0.03 to 0.055 nats less once decayed than before, and one far below has 0.47 nats at a third
+of its tokens that become 0.14: what is stopped here ends at 0.13 or more."""
+
+LEAST_SHARE = 0.2
+"""Share of its tokens that a run is always given: before it, warm-up is not over."""
+
+
+def hopeless(spec: RunSpec, rows: Sequence[Mapping[str, Any]], others: Sequence[Trial]) -> str:
+    """Why a run with these records should be stopped; empty if it should go on."""
+    own = _curve(spec, rows)
+    if not own or own[-1][0] < LEAST_SHARE * spec.tokens:
+        return ""
+    tokens, loss = own[-1]
+    seen: dict[float, float] = {}
+    for trial in others:
+        if trial.void or trial.spec.run_id == spec.run_id or not _comparable(spec, trial.spec):
+            continue
+        other = _loss_at(_curve(trial.spec, trial.records), tokens)
+        if other is not None:
+            seen[trial.spec.lr] = min(other, seen.get(trial.spec.lr, math.inf))
+    if not seen:
+        return ""
+    best = min(seen, key=lambda lr: seen[lr])
+    between = [lr for lr in seen if best < lr < spec.lr or spec.lr < lr < best]
+    beyond = [lr for lr in seen if (lr - best) * (spec.lr - best) < 0]
+    if loss - seen[best] <= EXCESS or not between or not beyond:
+        return ""
+    return (
+        f"{loss - seen[best]:.2f} nats above the run at LR {best:.3g} at "
+        f"{format_quantity(tokens)} tokens"
+    )
+
+
+def _comparable(spec: RunSpec, other: RunSpec) -> bool:
+    """Whether two runs are of one slice; under WSD, of one trunk, whatever their horizons."""
+    names = ["family", "n_active", "n_total", "batch_tokens", "schedule", "parametrization"]
+    if spec.schedule != "wsd":
+        names.append("tokens")
+    return all(getattr(spec, name) == getattr(other, name) for name in names)
+
+
+def _curve(spec: RunSpec, rows: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
+    """(tokens, loss) of a run's checkpoints; decayed losses only where all LRs decay alike."""
+    kept = ("partial", "pruned") if spec.schedule == "wsd" else ("partial", "pruned", "ok")
+    return sorted(
+        (float(row["tokens"]), float(row["loss"]))
+        for row in rows
+        if row["status"] in kept and row.get("loss") is not None
+    )
+
+
+def _loss_at(curve: Sequence[tuple[float, float]], tokens: float) -> float | None:
+    """Loss at a token count, linear in ln tokens; None outside the curve."""
+    for (left, high), (right, low) in pairwise(curve):
+        if left <= tokens <= right and left > 0:
+            share = math.log(tokens / left) / math.log(right / left) if right > left else 0.0
+            return high + share * (low - high)
+    return curve[-1][1] if curve and curve[-1][0] == tokens else None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyEnds:
+    """Runs that were stopped early. FLOPs saved and spent by them; ``wrongful``: ids of those whose
+    LR lies in the 90 % interval of their slice's optimum, by the last fit.
+    """
+
+    runs: tuple[str, ...]
+    saved_flops: float
+    spent_flops: float
+    wrongful: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        """For people."""
+        count = f"{len(self.runs)} runs were" if len(self.runs) != 1 else "1 run was"
+        text = (
+            f"{count} stopped early: {format_quantity(self.saved_flops)} FLOPs "
+            f"saved, {format_quantity(self.spent_flops)} spent on them"
+        )
+        if self.wrongful:
+            text += f"; by the last fit wrongly so: {', '.join(self.wrongful)}"
+        return text
+
+
+def early_ends(trials: Sequence[Trial], posterior: Posterior | None = None) -> EarlyEnds:
+    """Savings of the runs that were stopped early; with a posterior, which stops were wrong."""
+    stopped = [t for t in trials if t.state == "pruned" and not t.void and t.records]
+    saved = spent = 0.0
+    for trial in stopped:
+        share = max(float(row["tokens"]) for row in trial.records) / trial.spec.tokens
+        spent += trial.flops
+        saved += trial.flops * (1.0 / share - 1.0)
+    wrongful = () if posterior is None or not stopped else _wrongful(stopped, posterior)
+    return EarlyEnds(
+        runs=tuple(t.spec.run_id for t in stopped), saved_flops=saved, spent_flops=spent,
+        wrongful=wrongful,
+    )  # fmt: skip
+
+
+def _wrongful(stopped: Sequence[Trial], posterior: Posterior) -> tuple[str, ...]:
+    import numpy as np
+
+    from bayeslr.predict import target_draws
+    from bayeslr.specs import Target
+
+    slices = [
+        Target(
+            target_id=t.spec.run_id, family=t.spec.family, n_active=t.spec.n_active,
+            n_total=t.spec.n_total, tokens=t.spec.tokens, batch_tokens=t.spec.batch_tokens,
+            param_convention=t.spec.param_convention,
+        )
+        for t in stopped
+    ]  # fmt: skip
+    low, high = np.quantile(target_draws(posterior, slices).log_lr, [0.05, 0.95], axis=0)
+    log_lr = np.log([t.spec.lr for t in stopped])
+    inside = (low <= log_lr) & (log_lr <= high)
+    return tuple(t.spec.run_id for t, wrong in zip(stopped, inside, strict=True) if wrong)
