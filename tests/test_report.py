@@ -246,7 +246,8 @@ def test_a_fit_that_failed_its_gate_says_so() -> None:
     failed = made_up_posterior(r_hat=False)
     assert not failed.trustworthy
     text = render(failed, [TARGET])
-    assert "Do not trust this fit" in text[: text.index("<main")]
+    # Before the LR, not after it.
+    assert "Do not trust this fit" in text[: text.index('id="sentence"')]
 
 
 def test_several_targets_share_one_scale(posterior: Posterior) -> None:
