@@ -1,6 +1,6 @@
 """Does pooling help? Six cheap runs of one family, fitted alone and beside families with hundreds.
 
-    BAYESLR_DATA=DIR python benchmarks/pooling.py [--draws 5] [--out scores.csv]
+    BAYESLR_DATA=DIR python benchmarks/pooling.py [--draws 0 1 2] [--out scores.csv]
 
 DIR holds the public tables ``steplaw/dense_lr_bs_loss.csv``, ``steplaw/moe_lr_bs_loss.csv`` and
 ``marin_optimizer_sweep.csv``. For every draw and family: two cheap slices, three LRs each, chosen
@@ -161,7 +161,7 @@ def score(runs: RunTable, wanted: list[dict[str, Any]], seed: int) -> dict[str, 
 def main() -> None:
     """Score every family, outlier and draw; print the means and the worst draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--draws", type=int, default=5)
+    parser.add_argument("--draws", type=int, nargs="*", default=[0, 1, 2, 3, 4])
     parser.add_argument("--families", nargs="*", default=list(FAMILIES))
     parser.add_argument("--outliers", nargs="*", default=list(OUTLIERS))
     parser.add_argument("--out", type=Path, default=Path("pooling.csv"))
@@ -169,7 +169,7 @@ def main() -> None:
     frame = read(Path(os.environ["BAYESLR_DATA"]))
     print(frame.groupby("family").size().to_string(), flush=True)
     rows = []
-    for draw in range(args.draws):
+    for draw in args.draws:
         for kind in args.outliers:
             for family in args.families:
                 own = made_outlier(frame[frame["family"] == family], kind)
