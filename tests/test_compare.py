@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,16 @@ from typer.testing import CliRunner, Result
 
 from bayeslr.cli import app
 from bayeslr.compare import Comparison, compare, describe
+from bayeslr.compare.choosing import _trainable
 from bayeslr.compare.heldout import MERGE_OCTAVES, places
+from bayeslr.compare.proxies import grid_runs
 from bayeslr.compare.recipe import load_compare_recipe, parse_compare_recipe
-from bayeslr.errors import BayeslrError, DataError, SpecError
+from bayeslr.compare.stacking import stacks_of
+from bayeslr.errors import BayeslrError, DataError, SpecError, UntrustworthyFit
 from bayeslr.loop import to_toml
 from bayeslr.runs import read_runs
+from bayeslr.specs import Recipe, RunSpec
+from bayeslr_runners.command import CommandRunner
 from tests import compare_toy, fakes
 from tests.compare_toy import toy_comparison
 from tests.test_compare_scores import made_up_arms, recipe_document
@@ -175,33 +182,33 @@ def test_near_choices_share_their_runs() -> None:
         assert len(both) == (1 if ratio < 2**MERGE_OCTAVES else 0)
 
 
-def fit_that_fails(exception: Exception | None, lr: float) -> Any:
-    """A fit whose two-stage twin raises, or predicts an LR of its own."""
-
+def test_a_baseline_without_an_answer_is_left_out(
+    tmp_path: Path, stand_ins: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fit(runs: Any, prior: str = "", *, method: str = "bayes", **more: Any) -> Any:
         if method == "two-stage":
-            if exception is not None:
-                raise exception
-            return fakes.FakePosterior(lr, 1)
+            raise DataError("too few vertices")
         return fakes.fit(runs, prior, **more)
 
-    return fit
-
-
-@pytest.mark.parametrize(
-    ("exception", "lr", "why"),
-    [(DataError("too few vertices"), 0.0, "too few vertices"), (None, 1e4, "cannot be trained at")],
-)
-def test_a_baseline_without_an_answer_is_left_out(
-    exception: Exception | None, lr: float, why: str, tmp_path: Path, stand_ins: None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("bayeslr.sampling.fit", fit_that_fails(exception, lr))
+    monkeypatch.setattr("bayeslr.sampling.fit", fit)
     small = {"transfer__modules": None, "transfer__rungs": None, "compare__proxy_flops": 1.2e12}
     result = compared(tmp_path, compare__num_seeds=1, **small)
     assert [arm.name for arm in result.arms] == ["fitting", "transfer"]
-    assert why in result.details["left_out"]["fitting, two-stage"]
-    assert "was left out" in (tmp_path / "report.html").read_text()
+    assert result.details["left_out"] == {"fitting, two-stage": "too few vertices"}
+    assert "was left out: too few vertices" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("lr", [1e4, float("nan"), 1e-12])
+def test_lrs_that_no_run_can_have_are_left_out(lr: float) -> None:
+    recipe = parse_compare_recipe(recipe_document())
+    arms = made_up_arms()
+    wild = dataclasses.replace(arms[1].choices[0], lr=lr)
+    left_out: dict[str, str] = {}
+    given = [arms[0], dataclasses.replace(arms[1], choices=(wild,)), arms[2]]
+    assert _trainable(given, recipe, left_out) == [arms[0], arms[2]]
+    assert "cannot be trained at" in left_out["fitting, two-stage"]
+    with pytest.raises(UntrustworthyFit, match="cannot be trained at: fitting"):
+        _trainable([dataclasses.replace(arms[0], choices=(wild,))], recipe, left_out)
 
 
 # ---- the command line
@@ -294,3 +301,76 @@ def test_killed_and_started_again_ends_the_same(
     assert process.wait(200) == 0, (tmp_path / "log").read_text()
     expected = json.loads(json.dumps(finished.document()))
     assert json.loads((out / "compare.json").read_text()) == expected
+
+
+# ---- stacks
+
+
+STACK = """
+import subprocess, sys
+script, *folders = sys.argv[1:]
+for f in folders:
+    words = [script, "train", f + "/spec.json", f + "/records.jsonl", f]
+    subprocess.run([sys.executable, *words], check=True)
+"""
+
+
+class Stacker:
+    """The toy as a runner that can stack: one child trains the runs of its folders in turn."""
+
+    def __init__(self, options: Mapping[str, Any], program: str = STACK) -> None:
+        self.alone = CommandRunner(options)
+        self.program = program
+        self.trained_alone: list[str] = []
+
+    def counts(self, shape: Mapping[str, Any]) -> tuple[int, int]:
+        return self.alone.counts(shape)
+
+    def flops(self, spec: RunSpec) -> float:
+        return self.alone.flops(spec)
+
+    def command(self, spec: RunSpec, run_dir: Path) -> list[str]:
+        self.trained_alone.append(spec.run_id)
+        return self.alone.command(spec, run_dir)
+
+    def stack_key(self, spec: RunSpec) -> str:
+        return str(spec.shape["name"])
+
+    def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
+        script = str(Path(compare_toy.__file__))
+        return [sys.executable, "-c", self.program, script, *map(str, run_dirs)]
+
+
+def test_runs_are_stacked_in_even_parts() -> None:
+    recipe = parse_compare_recipe(toy_comparison())
+    runner = Stacker(recipe.transfer.options)
+    grid = [due.spec for due in grid_runs(recipe, runner)]
+    assert [len(s) for s in stacks_of(runner, grid, 2)] == [2, 2]
+    assert [len(s) for s in stacks_of(runner, grid[:3], 2)] == [2]
+    assert stacks_of(runner, grid[:2], 2) == []
+    many = [dataclasses.replace(grid[0], run_id=f"r{i}") for i in range(20)]
+    stacks = stacks_of(runner, many, 2)
+    assert sorted(len(s) for s in stacks) == [6, 7, 7]
+    assert {s.run_id for stack in stacks for s in stack} == {s.run_id for s in many}
+
+
+@pytest.mark.parametrize(
+    "program", [STACK, pytest.param("raise SystemExit(1)", marks=pytest.mark.slow)]
+)
+def test_a_comparison_by_stacks_ends_the_same(
+    program: str, finished: Comparison, tmp_path: Path, stand_ins: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A stack that breaks leaves its runs to be trained one by one."""
+    runners: list[Stacker] = []
+
+    def find_stacker(recipe: Recipe) -> Stacker:
+        runners.append(Stacker(recipe.options, program))
+        return runners[-1]
+
+    monkeypatch.setattr("bayeslr.compare.find_runner", find_stacker)
+    result = compare(finished.recipe, tmp_path / "out")
+    assert result.document() == finished.document()
+    alone = {run_id for runner in runners for run_id in runner.trained_alone}
+    stacked = {due.spec.run_id for due in grid_runs(finished.recipe, runners[0])}
+    assert stacked.isdisjoint(alone) == (program == STACK)

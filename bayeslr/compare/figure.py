@@ -12,8 +12,8 @@ from bayeslr.compare.arms import Arm
 from bayeslr.compare.heldout import Cell
 from bayeslr.report.figures import (
     GRID,
-    INK,
     LAWS,
+    MUTED,
     PAPER,
     POSTERIOR,
     WARN,
@@ -53,10 +53,8 @@ def held_out(
     choices = [(arm, c) for arm in arms for c in arm.choices if c.target_id == target_id]
     ends = [c.lr for c in cells] + [lr for _, c in choices for lr in (c.lr_q05, c.lr_q95)]
     low, high = min(ends) / 1.2, max(ends) * 1.2
-    with _drawing(430, 285 + 16 * len(choices)) as figure:
-        upper, lower = figure.subplots(
-            2, 1, sharex=True, height_ratios=[1.0, 0.07 * len(choices) + 0.02]
-        )
+    with _drawing(430, 285 + 24 * len(choices)) as figure:
+        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 0.1 * len(choices)])
         upper.set_xscale("log")
         shift = seed_shifts(cells)
         floor, top = _frame(cells, shift)
@@ -83,7 +81,7 @@ def held_out(
                     )  # fmt: skip
         span = top - floor
         upper.set_ylim(floor - 0.08 * span, top + 0.06 * span)
-        upper.set_ylabel("loss, nats")
+        upper.text(0.01, 1.0, "loss, nats", transform=upper.transAxes, color=MUTED, va="bottom")
         upper.yaxis.set_major_locator(MaxNLocator(5))
         upper.grid(axis="y")
         for row, (arm, choice) in enumerate(choices):
@@ -93,9 +91,13 @@ def held_out(
                 [choice.lr], [row], "D", color=PAPER, markeredgecolor=colour, markersize=6,
                 markeredgewidth=1.6,
             )  # fmt: skip
-        lower.set_yticks(range(len(choices)), [arm.name for arm, _ in choices])
-        lower.set_ylim(len(choices) - 0.4, -0.6)
-        lower.tick_params(axis="y", length=0, labelcolor=INK)
+            # Inside the frame: beside it, names would not fit a narrow window.
+            lower.text(
+                0.01, row - 0.2, arm.name, transform=lower.get_yaxis_transform(), va="bottom",
+                fontsize=8.5,
+            )  # fmt: skip
+        lower.set_yticks([])
+        lower.set_ylim(len(choices) - 0.6, -0.95)
         lower.spines["left"].set_visible(False)
         lower.grid(axis="x", color=GRID)
         lower.set_xlim(low, high)
