@@ -4,8 +4,8 @@
 
 Each size is trained at LRs around the best of the size before, all seeds as one stack; where the
 lowest loss lies at the grid's edge the grid grows. The valley's bottom is that of a parabola in
-ln LR through the LRs within an octave of the lowest mean loss, one fit a seed; its standard error
-is that of the mean over seeds. Started again, it goes on.
+log LR through the LRs within 1.5 octaves of the lowest mean loss, with a level for each seed; its
+standard error follows from the scatter about the parabola. Started again, it goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe import MoeRunner
@@ -28,10 +29,10 @@ from bayeslr_runners.moe.__main__ import keep_freed_memory
 from bayeslr_runners.moe.rules import completed
 from bayeslr_runners.moe.train import train
 
-BASE = {"d_model": 32, "n_layers": 2, "n_heads": 1, "d_expert": 32, "n_experts": 8, "top_k": 2}
+BASE = {"d_model": 16, "n_layers": 2, "n_heads": 1, "d_expert": 16, "n_experts": 8, "top_k": 2}
 AXES = {"width": "d_model", "depth": "n_layers", "sparsity": "n_experts", "tokens": "tokens"}
-GRID = (-1.0, -0.5, 0.0, 0.5, 1.0)  # octaves about the guess
-BATCH_TOKENS, SEQ_LEN = 1024, 64
+GRID = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)  # octaves about the guess
+BATCH_TOKENS, SEQ_LEN = 512, 64
 
 
 def spec_of(arguments: argparse.Namespace, size: int, lr: float, seed: int) -> RunSpec:
@@ -39,7 +40,8 @@ def spec_of(arguments: argparse.Namespace, size: int, lr: float, seed: int) -> R
     key = AXES[arguments.axis]
     base = BASE if arguments.axis == "tokens" else completed(BASE, {key: arguments.sizes[0]})
     shape = base if arguments.axis == "tokens" else completed(BASE, {key: size})
-    options: dict[str, Any] = {"base_shape": base, "threads": 1, "partial_evals": 0}
+    options: dict[str, Any] = {"base_shape": base, "threads": 1, "partial_evals": 0,
+                               "qk_norm": False}  # fmt: skip
     if arguments.horizon_exponent is not None:
         options |= {"base_tokens": arguments.sizes[0],
                     "horizon_exponent": arguments.horizon_exponent}  # fmt: skip
@@ -92,16 +94,36 @@ def valley(arguments: argparse.Namespace, size: int, guess: float) -> dict[str, 
             octaves = [min(octaves) - 1.0, min(octaves) - 0.5, *octaves]
         else:
             break
-    near = [lr for lr in found if abs(math.log2(lr / best)) < 1.01 and math.isfinite(means[lr])]
-    bottoms = []
-    for seed in range(arguments.seeds):
-        x = np.log2(np.array(near) / best)
-        square, linear, _ = np.polyfit(x, [found[lr][seed] for lr in near], 2)
-        bottoms.append(math.log2(best) - float(linear / (2 * square)))
-    spread = statistics.stdev(bottoms) / math.sqrt(len(bottoms)) if len(bottoms) > 1 else math.nan
-    return {"size": size, "log2_lr": statistics.fmean(bottoms), "log2_lr_se": spread,
-            "bottoms": bottoms, "loss": means[best],
-            "losses": {f"{lr:.4g}": found[lr] for lr in sorted(found)}}  # fmt: skip
+    near = [lr for lr in found if abs(math.log2(lr / best)) < 1.51 and math.isfinite(means[lr])]
+    bottom, error = parabola_bottom(
+        np.log2(np.array(near) / best), np.array([found[lr] for lr in near])
+    )
+    return {
+        "size": size,
+        "log2_lr": math.log2(best) + bottom,
+        "log2_lr_se": error,
+        "loss": means[best],
+        "losses": {f"{lr:.4g}": found[lr] for lr in sorted(found)},
+    }
+
+
+def parabola_bottom(x_L: NDArray[np.float64], loss_LS: NDArray[np.float64]) -> tuple[float, float]:
+    """Bottom of one parabola for all seeds, each at its own level, and its standard error.
+
+    x_L: (num_lrs,), loss_LS: (num_lrs, num_seeds). NaN where the losses bend the other way.
+    """
+    num_lrs, num_seeds = loss_LS.shape
+    x = np.repeat(x_L, num_seeds)
+    columns = np.column_stack([x**2, x, np.tile(np.eye(num_seeds), (num_lrs, 1))])
+    weight, *_ = np.linalg.lstsq(columns, loss_LS.ravel(), rcond=None)
+    square, linear = weight[:2]
+    if square <= 0:
+        return math.nan, math.nan
+    residual = loss_LS.ravel() - columns @ weight
+    variance = float(residual @ residual) / max(1, len(x) - len(weight))
+    covariance = variance * np.linalg.inv(columns.T @ columns)[:2, :2]
+    slope = np.array([linear / (2 * square**2), -1 / (2 * square)])
+    return float(-linear / (2 * square)), float(math.sqrt(slope @ covariance @ slope))
 
 
 def lines(axis: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -120,8 +142,8 @@ def main() -> None:
     parser.add_argument("--axis", choices=tuple(AXES), required=True)
     parser.add_argument("--sizes", type=int, nargs="+", required=True)
     parser.add_argument("--parametrization", default="mup")
-    parser.add_argument("--guess", type=float, default=0.011, help="best LR of the first size")
-    parser.add_argument("--tokens", type=int, default=131_072)
+    parser.add_argument("--guess", type=float, default=0.016, help="best LR of the first size")
+    parser.add_argument("--tokens", type=int, default=98_304)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--stack", type=int, default=8, help="most runs trained as one program")
     parser.add_argument("--horizon-exponent", type=float)
@@ -135,7 +157,8 @@ def main() -> None:
     for size in arguments.sizes:
         rows.append(valley(arguments, size, guess))
         # A grid point, so that a later size shares its LRs and the grid stays on one lattice.
-        guess *= 2 ** (round(2 * (rows[-1]["log2_lr"] - math.log2(guess))) / 2)
+        if math.isfinite(rows[-1]["log2_lr"]):
+            guess *= 2 ** (round(2 * (rows[-1]["log2_lr"] - math.log2(guess))) / 2)
         (arguments.out / "valleys.json").write_text(json.dumps(rows, indent=1))
         print(lines(arguments.axis, rows)[-1], flush=True)
     moved = [row["log2_lr"] - rows[0]["log2_lr"] for row in rows]
