@@ -12,7 +12,6 @@ import numpy as np
 from bayeslr.posterior import Posterior
 from bayeslr.predict import QUANTILE_COLUMNS, predict
 from bayeslr.runs import RunTable
-from bayeslr.sampling import fit
 from bayeslr.specs import Target
 
 if TYPE_CHECKING:
@@ -63,6 +62,8 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
     6 N_active D, with all cells within a factor of 1.5 of it. Slices are scored whose optimum the
     full fit places to 0.25 in ln LR.
     """
+    from bayeslr.sampling import fit  # PyMC is slow to load, and reading a check needs none.
+
     runs, design = posterior.runs, posterior.design
     if runs is None or design is None or posterior.info["method"] != "bayes":
         return None

@@ -93,9 +93,13 @@ def transforms(posterior: Posterior, num_draws: int = NUM_DRAWS) -> FloatArray:
 
 @dataclass(frozen=True, kw_only=True)
 class _Told:
-    """The finished runs at some draws, each (draw, run), and surprises by divergence (draw,)."""
+    """The finished runs at some draws, each (draw, run), and surprises by divergence (draw,).
+
+    ``score`` is the normal quantile of ``pit``.
+    """
 
     pit: FloatArray
+    score: FloatArray
     offset: FloatArray
     excess: FloatArray
     surprises: FloatArray
@@ -103,6 +107,7 @@ class _Told:
 
 
 def _told(posterior: Posterior, num_draws: int) -> _Told:
+    from scipy.special import ndtri
     from scipy.stats import t
 
     design = posterior.design
@@ -121,8 +126,9 @@ def _told(posterior: Posterior, num_draws: int) -> _Told:
         surprises += ((odds > 0.5) != design.diverged[runs][of]).sum(axis=1)
         expected += np.minimum(odds, 1.0 - odds).sum(axis=1)
     pit, offset, excess = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))
+    pit = np.clip(pit, 1e-12, 1.0 - 1e-12)
     return _Told(
-        pit=np.clip(pit, 1e-12, 1.0 - 1e-12), offset=offset, excess=excess,
+        pit=pit, score=ndtri(pit), offset=offset, excess=excess,
         surprises=surprises, expected=expected,
     )  # fmt: skip
 
@@ -174,7 +180,7 @@ def _group(name: str, told: _Told, mask: BoolArray) -> Group:
     """Mean and spread of the normal scores of the runs in mask (draw, run), tested by draw."""
     from scipy.stats import chi2, norm
 
-    z = np.where(mask, norm.ppf(told.pit), 0.0)
+    z = np.where(mask, told.score, 0.0)
     count = np.maximum(mask.sum(axis=1), 1)
     shift = 2.0 * norm.sf(np.abs(z.sum(axis=1)) / np.sqrt(count))
     squares = (z**2).sum(axis=1)
@@ -230,11 +236,12 @@ def _slices(posterior: Posterior, told: _Told) -> list[Group]:
     design = posterior.design
     assert design is not None
     slice_of_run = design.slice_of_run[has_loss(design)]
-    counts = np.bincount(slice_of_run, minlength=design.num_slices)
+    order = np.argsort(slice_of_run, kind="stable")
+    ends = np.searchsorted(slice_of_run[order], np.arange(design.num_slices + 1))
     found = []
-    for s in np.flatnonzero(counts >= _MIN_RUNS // 2):
-        own = slice_of_run == s
-        some = dataclasses.replace(told, pit=told.pit[:, own])
+    for s in np.flatnonzero(np.diff(ends) >= _MIN_RUNS // 2):
+        own = order[ends[s] : ends[s + 1]]
+        some = dataclasses.replace(told, pit=told.pit[:, own], score=told.score[:, own])
         found.append(_group(_slice_name(posterior, int(s)), some, np.ones_like(some.pit, bool)))
     return found
 
@@ -242,14 +249,18 @@ def _slices(posterior: Posterior, told: _Told) -> list[Group]:
 def _slice_name(posterior: Posterior, s: int) -> str:
     design = posterior.design
     assert design is not None
-    x = {name: math.exp(values[s]) for name, values in design.slice_features().items()}
-    size = format_quantity(x["log_n_active"])
-    if x["log_sparsity"] < 1 - 1e-9:
-        size += f" of {format_quantity(x['log_n_active'] / x['log_sparsity'])}"
-    tokens, batch = format_quantity(x["log_tokens"]), format_quantity(x["log_batch"])
+    cell = design.cell_of_slice[s]
+    shape = design.shape_of_cell[cell]
+    n_active, sparsity = (math.exp(x[shape]) for x in (design.log_n_active, design.log_sparsity))
+    size = format_quantity(n_active)
+    if sparsity < 1 - 1e-9:
+        size += f" of {format_quantity(n_active / sparsity)}"
+    tokens, batch = (
+        format_quantity(math.exp(x)) for x in (design.log_tokens[cell], design.log_batch[s])
+    )
     name = f"slice {size}, {tokens} tokens, batch {batch}"
     several = len(design.families) > 1
-    return f"{name} ({design.families[int(design.family_of_slice[s])]})" if several else name
+    return f"{name} ({design.families[design.family_of_shape[shape]]})" if several else name
 
 
 def _holm(p_values: list[float]) -> list[bool]:

@@ -77,6 +77,7 @@ _EFFECTIVE = 200.0
 
 _DELTA = 0.01  # Powers 1 / 1.01 and 1.01: the gradient at one (Kallioinen et al. 2023).
 _NUM_PRIOR, _MAX_DRAWS, _SEED = 8000, 2000, 20_260_105
+_MAX_CELLS = 20_000_000  # Draws times runs whose likelihood is worked out.
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -112,7 +113,8 @@ def influence(posterior: Posterior) -> list[Influence]:
     if posterior.design is None or posterior.info["method"] != "bayes":
         return []
     total = posterior.draws.sizes["chain"] * posterior.draws.sizes["draw"]
-    kept = np.unique(np.linspace(0, total - 1, min(total, _MAX_DRAWS)).astype(np.int64))
+    wanted = int(np.clip(_MAX_CELLS // posterior.design.num_runs, 200, _MAX_DRAWS))
+    kept = np.unique(np.linspace(0, total - 1, min(total, wanted)).astype(np.int64))
     runs = log_likelihood(posterior, kept)
     before = prior_draws(posterior.prior, posterior.info["centre"])
     families = posterior.info["families"]

@@ -45,6 +45,17 @@ def verdict_lines(info: Mapping[str, Any]) -> list[str]:
     return [*lines, *influence_sentences(info)]
 
 
+def warnings_of(info: Mapping[str, Any]) -> list[str]:
+    """Sentences of the checks that a fit did not pass, the convergence gate among them."""
+    found = [] if info.get("trustworthy", True) else [str(info["verdict"])]
+    holdout, misfit = info.get("holdout"), info.get("misfit")
+    if holdout and not holdout.get("held", True):
+        found.append(str(holdout["sentence"]))
+    if misfit and misfit["verdict"] == "large":
+        found.append(str(misfit["sentence"]))
+    return found
+
+
 NO_HOLDOUT = (
     "Too few runs to leave the largest cells out and predict them: whether this fit extrapolates "
     "has not been tested."

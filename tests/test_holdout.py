@@ -15,7 +15,7 @@ from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
 from bayeslr.priors import Prior
 from bayeslr.runs import RunTable
-from bayeslr.verdicts import NO_HOLDOUT, verdict_lines, with_verdicts
+from bayeslr.verdicts import NO_HOLDOUT, verdict_lines, warnings_of, with_verdicts
 from tests.model_fixtures import made_up_runs
 
 
@@ -52,7 +52,7 @@ def kept(monkeypatch: pytest.MonkeyPatch, posterior: Posterior) -> list[RunTable
         asked.append(runs)
         return posterior
 
-    monkeypatch.setattr(importlib.import_module("bayeslr.holdout"), "fit", stand_in)
+    monkeypatch.setattr(importlib.import_module("bayeslr.sampling"), "fit", stand_in)
     return asked
 
 
@@ -95,6 +95,18 @@ def test_every_verdict_is_kept_and_said(posterior: Posterior) -> None:
     assert "Not touched by the runs" in lines[2]
     assert "holdout" not in with_verdicts(posterior, holdout=False).info
     assert verdict_lines({**info, "holdout": None})[0] == NO_HOLDOUT
+
+
+def test_only_failed_checks_are_warned_of(posterior: Posterior) -> None:
+    info = {**posterior.info, "trustworthy": True, "verdict": "v"}
+    held = {"held": True, "sentence": "h"}
+    fits = {"verdict": "fits", "sentence": "m"}
+    assert warnings_of({**info, "holdout": held, "misfit": fits}) == []
+    assert warnings_of({**info, "holdout": None, "misfit": None}) == []
+    assert warnings_of({
+        **info, "trustworthy": False, "holdout": {**held, "held": False},
+        "misfit": {**fits, "verdict": "large"},
+    }) == ["v", "h", "m"]  # fmt: skip
 
 
 @pytest.mark.slow

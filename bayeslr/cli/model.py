@@ -61,6 +61,8 @@ def fit(
     posterior = run_fit(
         table, card, seed=seed, method=method, num_draws=draws, progress=sys.stderr.isatty()
     )
+    if check and sys.stderr.isatty():
+        _echo("Checking: fitted again without the largest cells", err=True)
     posterior = with_verdicts(posterior, holdout=check, seed=seed)
     posterior.save(out)
     if json:
@@ -145,6 +147,7 @@ def predict(
     from bayeslr.posterior import load
     from bayeslr.predict import predict as run_predict
     from bayeslr.predict import prior_posterior, read_targets
+    from bayeslr.verdicts import warnings_of
 
     if (fit is None) == (prior is None):
         raise SpecError("give either a fit folder or --prior CARD (and not both)")
@@ -174,8 +177,7 @@ def predict(
         _echo(*_prediction_lines(table))
         if out is not None:
             _echo(f"Predictions written to {out}")
-    if not posterior.trustworthy:
-        _echo(f"Warning: {posterior.info['verdict']}", err=True)
+    _echo(*(f"Warning: {text}" for text in warnings_of(posterior.info)), err=True)
 
 
 def _target(n_active: str, n_total: str | None, tokens: str, batch_tokens: str,
