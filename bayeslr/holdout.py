@@ -26,8 +26,8 @@ _KNOWN_SD = 0.25
 # Cells within this factor of a family's largest compute are left out with it.
 _LARGEST = 1.5
 
-# So rare a count of hits that the intervals are called too narrow.
-_TOO_FEW = 0.05
+# Counts of hits that true 90 % intervals undercut so rarely: fewer than they should be; too few.
+_FEWER, _TOO_FEW = 0.2, 0.05
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,8 +37,8 @@ class Holdout:
     ``slices`` were scored, those whose optimum their own runs place to 0.25 in ln LR; ``error`` is
     the root mean square of log2(predicted median / own optimum); ``cover_50``, ``cover_90`` the
     shares inside the intervals; ``reach`` the compute of the cells left out over the largest kept
-    of their family, the least of several families. ``held`` is false where so few optima lie inside
-    the 90 % intervals that they are called too narrow.
+    of their family, the least of several families. ``verdict`` is ``held``, ``partly`` (fewer
+    optima inside the 90 % intervals than these should hold) or ``missed`` (too few by chance).
     """
 
     slices: int
@@ -47,7 +47,7 @@ class Holdout:
     error_octaves: float
     cover_50: float
     cover_90: float
-    held: bool
+    verdict: str
     sentence: str
 
     def document(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
         for own_rows in [(frame["family"] == family).to_numpy()]
     )
     error = float(np.sqrt(np.mean(((q50 - optimum) / math.log(2.0)) ** 2)))
-    held = bool(_as_few(int(inside.sum()), len(targets)) >= _TOO_FEW)
+    verdict = _verdict(int(inside.sum()), len(targets))
     return Holdout(
         slices=len(targets),
         runs_left_out=int(large.sum()),
@@ -118,12 +118,12 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
         error_octaves=error,
         cover_50=float(np.mean((q25 <= optimum) & (optimum <= q75))),
         cover_90=float(np.mean(inside)),
-        held=held,
+        verdict=verdict,
         sentence=(
             f"Fitted without its largest cells ({reach:.1f} times the compute of the rest), this "
             f"fit predicted their optima within {error:.2f} octaves (root mean square); "
             f"{inside.sum()} of {len(targets)} {'lies' if len(targets) == 1 else 'lie'} inside "
-            "the 90 % intervals" + ("." if held else ", too few: take its intervals as too narrow.")
+            f"the 90 % intervals{_SAID[verdict]}."
         ),
     )
 
@@ -144,6 +144,18 @@ def _limits(frame: pd.DataFrame) -> dict[str, float]:
             float(_compute(rows).max()) / _LARGEST if cells >= _MIN_CELLS else math.inf
         )
     return limits
+
+
+_SAID = {
+    "held": "",
+    "partly": ", fewer than they should hold",
+    "missed": ", too few: take this fit's intervals as too narrow",
+}
+
+
+def _verdict(inside: int, count: int) -> str:
+    tail = _as_few(inside, count)
+    return "held" if tail >= _FEWER else "partly" if tail >= _TOO_FEW else "missed"
 
 
 def _as_few(inside: int, count: int) -> float:

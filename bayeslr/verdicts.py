@@ -49,7 +49,7 @@ def warnings_of(info: Mapping[str, Any]) -> list[str]:
     """Sentences of the checks that a fit did not pass, the convergence gate among them."""
     found = [] if info.get("trustworthy", True) else [str(info["verdict"])]
     holdout, misfit = info.get("holdout"), info.get("misfit")
-    if holdout and not holdout.get("held", True):
+    if holdout and holdout.get("verdict") == "missed":
         found.append(str(holdout["sentence"]))
     if misfit and misfit["verdict"] == "large":
         found.append(str(misfit["sentence"]))

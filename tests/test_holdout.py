@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bayeslr.holdout import _as_few, _enough, _limits, leave_largest_out
+from bayeslr.holdout import _as_few, _enough, _limits, _verdict, leave_largest_out
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
 from bayeslr.priors import Prior
@@ -69,7 +69,7 @@ def test_the_check_refits_without_them_and_says_it_plainly(
     assert found.slices == 2
     # The stand-in has seen the slices: it predicts their optima without an error.
     assert found.error_octaves == pytest.approx(0.0, abs=0.02)
-    assert found.held
+    assert found.verdict == "held"
     assert "2 of 2 lie inside the 90 % intervals." in found.sentence
     assert "4.0 times the compute of the rest" in found.sentence
 
@@ -80,6 +80,8 @@ def test_few_hits_are_called_few() -> None:
     assert _as_few(0, 2) == pytest.approx(0.01)
     assert _as_few(8, 8) == pytest.approx(1.0)
     assert _as_few(6, 8) == pytest.approx(1 - 0.9**8 - 8 * 0.9**7 * 0.1)
+    assert [_verdict(inside, 8) for inside in (8, 7, 6, 5)] == ["held", "held", "partly", "missed"]
+    assert [_verdict(inside, 1) for inside in (1, 0)] == ["held", "partly"]
 
 
 @pytest.mark.usefixtures("kept")
@@ -99,12 +101,12 @@ def test_every_verdict_is_kept_and_said(posterior: Posterior) -> None:
 
 def test_only_failed_checks_are_warned_of(posterior: Posterior) -> None:
     info = {**posterior.info, "trustworthy": True, "verdict": "v"}
-    held = {"held": True, "sentence": "h"}
+    held = {"verdict": "held", "sentence": "h"}
     fits = {"verdict": "fits", "sentence": "m"}
     assert warnings_of({**info, "holdout": held, "misfit": fits}) == []
     assert warnings_of({**info, "holdout": None, "misfit": None}) == []
     assert warnings_of({
-        **info, "trustworthy": False, "holdout": {**held, "held": False},
+        **info, "trustworthy": False, "holdout": {**held, "verdict": "missed"},
         "misfit": {**fits, "verdict": "large"},
     }) == ["v", "h", "m"]  # fmt: skip
 

@@ -306,7 +306,7 @@ def test_the_measured_check_of_a_prediction_is_shown(posterior: Posterior) -> No
 
 HOLDOUT = {
     "slices": 8, "runs_left_out": 40, "reach": 4.0, "error_octaves": 0.3, "cover_50": 0.5,
-    "cover_90": 0.875, "held": True, "sentence": "Fitted without its largest cells it held 7 of 8.",
+    "cover_90": 0.875, "verdict": "held", "sentence": "Fitted without its largest cells it held 7 of 8.",
 }  # fmt: skip
 
 
@@ -316,13 +316,14 @@ def test_the_checks_stand_beside_the_verdict(html: str, posterior: Posterior) ->
         assert row["mark"] in top
     assert "losses lie in the model" in top
 
-    def mark(held: bool) -> tuple[str, bool | None]:
-        first = checks.marks({**posterior.info, "holdout": {**HOLDOUT, "held": held}})[0]
+    def mark(verdict: str) -> tuple[str, bool | None]:
+        first = checks.marks({**posterior.info, "holdout": {**HOLDOUT, "verdict": verdict}})[0]
         assert first["text"] == HOLDOUT["sentence"]
         return first["mark"], first["good"]
 
-    assert mark(True) == ("Held its largest cells", True)
-    assert mark(False) == ("Missed its largest cells", False)
+    assert mark("held") == ("Held its largest cells", True)
+    assert mark("partly") == ("Held some largest cells", None)
+    assert mark("missed") == ("Missed its largest cells", False)
     unknown = checks.marks({**posterior.info, "holdout": None})[0]
     assert (unknown["mark"], unknown["good"]) == ("Not held out", None)
     assert "has not been tested" in unknown["text"]

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
 
 MAX_LINES = 12  # Draws whose transforms are drawn.
 
+_HOLDOUT_MARKS: dict[str, tuple[str, bool | None]] = {
+    "held": ("Held its largest cells", True),
+    "partly": ("Held some largest cells", None),
+    "missed": ("Missed its largest cells", False),
+}
 _MISFIT_MARKS = {"fits": "Fits its runs", "small": "Small misfit", "large": "Misfit"}
 
 
@@ -34,9 +39,9 @@ def marks(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     rows = []
     holdout, misfit = info.get("holdout"), info["misfit"]
     if holdout:
-        held = holdout.get("held", True)  # Fit folders of before have no such judgement.
-        mark = "Held its largest cells" if held else "Missed its largest cells"
-        rows.append({"mark": mark, "good": held, "text": holdout["sentence"]})
+        # Fit folders of before have no such judgement.
+        mark, good = _HOLDOUT_MARKS[holdout.get("verdict", "partly")]
+        rows.append({"mark": mark, "good": good, "text": holdout["sentence"]})
     else:
         text = NO_HOLDOUT if "holdout" in info else (
             "The largest cells were not left out and predicted (bayeslr fit does it)."
