@@ -306,7 +306,7 @@ def test_the_measured_check_of_a_prediction_is_shown(posterior: Posterior) -> No
 
 HOLDOUT = {
     "slices": 8, "runs_left_out": 40, "reach": 4.0, "error_octaves": 0.3, "cover_50": 0.5,
-    "cover_90": 0.875, "verdict": "held", "sentence": "Fitted without its largest cells it held 7 of 8.",
+    "cover_90": 0.875, "verdict": "held", "sentence": "Without its largest cells: 7 of 8 held.",
 }  # fmt: skip
 
 
