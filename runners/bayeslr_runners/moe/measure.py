@@ -6,14 +6,13 @@ Shape suffixes as in `model`.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bayeslr_runners.moe.data import Corpus, val_batches
-from bayeslr_runners.moe.model import Attention, MoeTransformer, token_losses
+from bayeslr_runners.moe.model import MoeTransformer, token_losses
+from bayeslr_runners.moe.probe import effective_rank, for_members, probe, representation_change
 
 
 class Measurement(NamedTuple):
@@ -21,7 +20,7 @@ class Measurement(NamedTuple):
 
     loss: float
     loss_se: float
-    diagnostics: dict[str, float]
+    diagnostics: dict[str, Any]
 
 
 @torch.no_grad()
@@ -33,11 +32,13 @@ def measure(
     batch_sequences: int,
     seq_len: int,
     device: torch.device,
+    initial_RTD: torch.Tensor,
 ) -> list[Measurement]:
     """Measure the loss over the validation windows, the same ones in every run.
 
     The standard error is that of the mean over windows. Runs share the windows, so a difference
     between two runs is much surer than it says. Returns one measurement a member of a stack.
+    initial_RTD: the representation at initialisation, as `probe` gives it.
     """
     losses, loads, entropies = [], [], []
     for input_BS, target_BS in val_batches(
@@ -52,10 +53,16 @@ def measure(
             entropies.append(torch.stack([layer.entropy for layer in stats], dim=-1))
     count = model.members[0] if model.members else 1
     loss_RB = torch.cat(losses, dim=-1).double().cpu().view(count, -1)
-    attention_R = max_attention_logit(model, corpus, seq_len, device)
+    state = probe(model, corpus, seq_len, device)
     found = []
     for member, loss_B in enumerate(loss_RB):
-        diagnostics = {"max_attention_logit": attention_R[member].item()}
+        hidden_TD = state.hidden_RTD[member]
+        diagnostics = {
+            "max_attention_logit": state.attention_logit_R[member].item(),
+            "activation_rms": state.stream_rms_RL[member].tolist(),
+            "representation_change": representation_change(hidden_TD, initial_RTD[member]),
+            "effective_rank": effective_rank(hidden_TD),
+        }
         if loads:
             load_RLE = torch.stack(loads).sum(0).double().cpu()
             entropy_RL = torch.stack(entropies).mean(0).double().cpu().view(count, -1)
@@ -75,40 +82,6 @@ def load_summary(load_LE: torch.Tensor) -> dict[str, float]:
         "max_load": (share_LE.max() * share_LE.shape[1]).item(),
         "effective_experts_min": entropy_L.min().exp().item(),
     }
-
-
-@torch.no_grad()
-def max_attention_logit(
-    model: MoeTransformer, corpus: Corpus, seq_len: int, device: torch.device
-) -> torch.Tensor:
-    """Largest scaled attention logit over layers, on a few validation windows; (R,)."""
-    input_BS, _ = next(
-        val_batches(corpus, val_tokens=4 * seq_len, num_sequences=4, seq_len=seq_len)
-    )
-    largest: list[torch.Tensor] = []
-    count = model.members[0] if model.members else 1
-
-    def look(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        assert isinstance(module, Attention)
-        q, k, _ = module.queries_keys_values(inputs[0])
-        logits = (q @ k.transpose(-1, -2)) * module.scale
-        largest.append(logits.tril().abs().view(count, -1).amax(dim=1))
-
-    hooks = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, Attention)]
-    try:
-        model(for_members(input_BS, model.members, device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return torch.stack(largest).amax(dim=0)
-
-
-def for_members(
-    token_BS: NDArray[np.int64], members: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
-    """The same tokens for every member of a stack, (R, B, S)."""
-    token = torch.from_numpy(token_BS).to(device)
-    return token.expand(*members, *token.shape) if members else token
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -90,6 +90,7 @@ class AdamW:
 
     def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float) -> None:
         self.beta1, self.beta2, self.num_steps = beta1, beta2, 0
+        self.lr_factor = 0.0  # of the last step
         self.groups = [_FlatGroup(group) for group in groups]
 
     def backward(self, loss: Tensor) -> None:
@@ -118,6 +119,7 @@ class AdamW:
     def step(self, lr_factor: float) -> None:
         """Take a step at a share of each group's peak LR."""
         self.num_steps += 1
+        self.lr_factor = lr_factor
         mean_bias = 1.0 - self.beta1**self.num_steps
         square_bias = 1.0 - self.beta2**self.num_steps
         for group in self.groups:
@@ -131,10 +133,33 @@ class AdamW:
             else:
                 group.weights.addcdiv_(group.mean * (-lr / mean_bias), denominator)
 
+    @torch.no_grad()
+    def update_ratios(self) -> list[dict[str, float]]:
+        """RMS of the last step over RMS of the weights, by module group; one a member.
+
+        Weight decay is left out: it shrinks, and moves nothing in any direction.
+        """
+        by_group = {}
+        for group in self.groups:
+            if self.num_steps == 0:
+                ratio = torch.zeros(group.weights.shape[:-1])
+            else:
+                square = group.square / (1.0 - self.beta2**self.num_steps)
+                update = group.mean / (1.0 - self.beta1**self.num_steps)
+                update.div_(square.sqrt_().add_(group.eps))
+                norms = [torch.linalg.vector_norm(one, dim=-1) for one in (update, group.weights)]
+                lr = group.peak_lr
+                lr = lr.squeeze(-1) if isinstance(lr, Tensor) else lr
+                ratio = norms[0] / norms[1] * lr * self.lr_factor
+            by_group[group.name] = ratio.flatten().tolist()
+        count = len(next(iter(by_group.values())))
+        return [{name: ratios[i] for name, ratios in by_group.items()} for i in range(count)]
+
     def state(self, member: int | None = None) -> dict[str, Any]:
         """A copy of weights and moments, on the CPU; of one member of a stack, as if alone."""
         return {
             "num_steps": self.num_steps,
+            "lr_factor": self.lr_factor,
             "groups": {
                 group.name: {key: group.saved(key, member).to("cpu", copy=True) for key in _SAVED}
                 for group in self.groups
@@ -145,6 +170,7 @@ class AdamW:
     def restore(self, state: dict[str, Any], member: int | None = None) -> None:
         """Inverse of `state`; the model's weights change with it."""
         self.num_steps = state["num_steps"]
+        self.lr_factor = state.get("lr_factor", 0.0)
         for group in self.groups:
             for key, saved in state["groups"][group.name].items():
                 group.saved(key, member).copy_(saved)

@@ -73,7 +73,7 @@ def build_row(
     wall_s: float,
     corpus: Corpus,
     device: str,
-    diagnostics: Mapping[str, float | None],
+    diagnostics: Mapping[str, Any],
     status_reason: str = "",
     measured: Measurement | None = None,
 ) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from bayeslr_runners.moe.divergence import Watch, cause
 from bayeslr_runners.moe.records import RecordLog, build_row
 from bayeslr_runners.moe.schedule import Horizon, horizons, lr_factor, schedule_state
 from bayeslr_runners.moe.specfile import read_spec
+from bayeslr_runners.moe.spikes import Spikes
 from bayeslr_runners.moe.stack import check_stack
 from bayeslr_runners.moe.trainer import Step, Trainer
 
@@ -79,6 +80,7 @@ class _Member:
         self.run_dir, self.spec, self.records = run_dir, spec, records
         num_steps = horizons(spec)[-1].num_steps
         self.watch = Watch(patience=max(PATIENCE_STEPS, round(PATIENCE_SHARE * num_steps)))
+        self.spikes = Spikes()
         self.last: Step | None = None
         self.live: dict[str, Any] | None = None
         self.trunk: dict[str, Any] | None = None
@@ -89,12 +91,14 @@ class _Member:
         return {
             "trainer": network,
             "watch": dataclasses.asdict(self.watch),
+            "spikes": dataclasses.asdict(self.spikes),
             "last": dataclasses.asdict(self.last) if self.last else None,
         }
 
     def restore(self, state: dict[str, Any]) -> dict[str, Any]:
         """Inverse of `state`; the network."""
         self.watch = Watch(**state["watch"])
+        self.spikes = Spikes(**state.get("spikes", {}))
         self.last = Step(**state["last"]) if state["last"] else None
         network: dict[str, Any] = state["trainer"]
         return network
@@ -191,6 +195,7 @@ class _Run:
         reasons = {}
         for member, step in zip(self.members, steps, strict=True):
             member.last = step
+            member.spikes.see(step.loss)
             reason = member.watch.see(step.loss, step.grad_norm)
             if reason is not None:
                 reasons[member.spec.run_id] = reason
@@ -269,6 +274,7 @@ class _Run:
                     "tokens_seen": tokens_seen,
                     "tokens_trained": self.position.steps_trained * self.spec.batch_tokens,
                     "threads": self.options.num_threads,
+                    **member.spikes.summary(),
                 },
             )
         )

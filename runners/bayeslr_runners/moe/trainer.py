@@ -20,6 +20,7 @@ from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer, token_
 from bayeslr_runners.moe.optim import AdamW, param_groups, stacked_groups
 from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.parametrization import Parametrization, parametrization
+from bayeslr_runners.moe.probe import probe
 from bayeslr_runners.moe.shapes import MoeShape
 
 
@@ -45,14 +46,9 @@ class Trainer:
         rules = [_rules(one, shape) for one in specs]
         self.specs, self.corpus, self.options, self.shape = tuple(specs), corpus, options, shape
         self.device = torch.device(options.train.device)
-        seeds = [one.seed for one in specs]
-        self.model = MoeTransformer(
-            shape,
-            rules[0],
-            options.model,
-            vocab_size=corpus.vocab_size,
-            seed=seeds if len(specs) > 1 else seeds[0],
-        ).to(self.device)
+        self._rules = rules[0]
+        self._initial_RTD: Tensor | None = None
+        self.model = self._initial_model()
         self.forward = torch.compile(self.model) if options.train.compile else self.model
         groups = [
             param_groups(
@@ -129,14 +125,21 @@ class Trainer:
     def measure(self) -> list[Measurement]:
         """Measure the validation loss and the network's state."""
         spec = self.specs[0]
-        return measure(
+        if self._initial_RTD is None:  # from the seeds: a resumed run has left it behind
+            state = probe(self._initial_model(), self.corpus, spec.seq_len, self.device)
+            self._initial_RTD = state.hidden_RTD
+        measured = measure(
             self.model,
             self.corpus,
             val_tokens=self.options.data.val_tokens,
             batch_sequences=spec.batch_tokens // spec.seq_len,
             seq_len=spec.seq_len,
             device=self.device,
+            initial_RTD=self._initial_RTD,
         )
+        for one, ratios in zip(measured, self.optimizer.update_ratios(), strict=True):
+            one.diagnostics["update_ratio"] = ratios
+        return measured
 
     def state(self) -> list[dict[str, Any]]:
         """A copy of weights, optimizer moments and buffers of each run, on the CPU, as if alone."""
@@ -157,6 +160,16 @@ class Trainer:
             self.optimizer.restore(state["optimizer"], member)
             for name, buffer in self.model.named_buffers():
                 (buffer if member is None else buffer[member]).copy_(state["buffers"][name])
+
+    def _initial_model(self) -> MoeTransformer:
+        seeds = [one.seed for one in self.specs]
+        return MoeTransformer(
+            self.shape,
+            self._rules,
+            self.options.model,
+            vocab_size=self.corpus.vocab_size,
+            seed=seeds if len(seeds) > 1 else seeds[0],
+        ).to(self.device)
 
     def _members(self) -> Sequence[int | None]:
         return range(len(self.specs)) if self.model.members else [None]
