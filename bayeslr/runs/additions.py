@@ -70,15 +70,19 @@ def cheapest_addition(cells: pd.DataFrame, exponents: Sequence[str]) -> Addition
     """
     seen = cells[["n_active", "n_total", "tokens", "batch_tokens"]].drop_duplicates()
     rows = seen.to_numpy(dtype=np.float64)
+    logs = _logs(rows)
+    centre = logs.mean(axis=0)
+    # The triangular factor stands for all slices: least squares sees no difference.
+    told = np.linalg.qr(_with_intercept(logs - centre), mode="r")
     best: tuple[float, Addition] | None = None
-    for candidate in sorted(_candidates(rows, exponents), key=lambda one: (one.flops, one.n_total)):
-        added = np.vstack([rows, [candidate.n_active, candidate.n_total, candidate.tokens,
-                                  candidate.batch_tokens]])  # fmt: skip
-        worst = max(standard_errors(added)[name] for name in exponents)
+    for one in sorted(_candidates(rows, exponents), key=lambda one: (one.flops, one.n_total)):
+        added = np.array([[one.n_active, one.n_total, one.tokens, one.batch_tokens]])
+        errors = _errors(np.vstack([told, _with_intercept(_logs(added) - centre)]))
+        worst = max(errors[name] for name in exponents)
         if worst <= KNOWN:
-            return candidate
+            return one
         if math.isfinite(worst) and (best is None or worst < 0.9 * best[0]):
-            best = worst, candidate
+            best = worst, one
     return best[1] if best else None
 
 
@@ -88,37 +92,58 @@ def standard_errors(slices: FloatArray) -> dict[str, float]:
     Columns of slices: n_active, n_total, tokens, batch_tokens. A regressor that does not vary is
     left out; its exponent is unknown.
     """
+    logs = _logs(slices)
+    return _errors(_with_intercept(logs - logs.mean(axis=0)))
+
+
+def _logs(slices: FloatArray) -> FloatArray:
     log = np.log(slices)
-    x = np.stack([log[:, 0], log[:, 0] - log[:, 1], log[:, 2], log[:, 3]], axis=1)
-    x = x - x.mean(axis=0)
-    varied = np.flatnonzero(x.std(axis=0) > 1e-6)
+    return np.stack([log[:, 0], log[:, 0] - log[:, 1], log[:, 2], log[:, 3]], axis=1)
+
+
+def _with_intercept(logs: FloatArray) -> FloatArray:
+    return np.column_stack([np.ones(len(logs)), logs])
+
+
+def _errors(x: FloatArray) -> dict[str, float]:
+    """Standard errors from a design matrix: the intercept's column, then `REGRESSORS`."""
+
+    def left(j: int, others: NDArray[np.int64]) -> float:
+        fitted = x[:, others] @ np.linalg.lstsq(x[:, others], x[:, j], rcond=None)[0]
+        return float(np.linalg.norm(x[:, j] - fitted))
+
+    intercept = np.array([0])
+    varied = np.array([j for j in range(1, x.shape[1]) if left(j, intercept) > 1e-6])
     errors = dict.fromkeys(REGRESSORS, math.inf)
     for j in varied:
-        others = x[:, varied[varied != j]]
-        left = x[:, j] - others @ np.linalg.lstsq(others, x[:, j], rcond=None)[0]
-        size = float(np.sqrt(np.sum(left**2)))
+        size = left(int(j), np.append(intercept, varied[varied != j]))
         if size > 1e-3:
-            errors[REGRESSORS[j]] = SCATTER / size
+            errors[REGRESSORS[j - 1]] = SCATTER / size
     return errors
 
 
 def _candidates(rows: FloatArray, exponents: Sequence[str]) -> list[Addition]:
     """Slices that were not run, of values that were or of such in their neighbourhood."""
-    sizes = {(n, total) for n, total in rows[:, :2]}
+    sizes = set(map(tuple, _spread(np.unique(rows[:, :2], axis=0))))
     n_active, n_total = min(sizes)
     if "n_active" in exponents:
         sizes |= {(n_active * step, n_total * step) for step in _STEPS}
     if "sparsity" in exponents:
         # Other numbers of experts at the same active size; never fewer parameters than active ones.
         sizes |= {(n_active, max(n_active, n_total * step)) for step in _STEPS}
-    tokens, batches = set(rows[:, 2]), set(rows[:, 3])
+    tokens, batches = (set(_spread(np.unique(rows[:, i]))) for i in (2, 3))
     if "tokens" in exponents:
         tokens |= {step * ends for step in _STEPS for ends in (min(tokens), max(tokens))}
     if "batch_tokens" in exponents:
         batches |= {step * ends for step in _STEPS for ends in (min(batches), max(batches))}
-    run = {tuple(row) for row in rows}
+    run = set(map(tuple, rows))
     return [
         Addition(n_active=n, n_total=total, tokens=d, batch_tokens=b)
         for (n, total), d, b in itertools.product(sizes, tokens, batches)
         if (n, total, d, b) not in run and d >= _MIN_STEPS * b
     ]
+
+
+def _spread(values: FloatArray) -> FloatArray:
+    """At most eight of sorted values, the ends among them: as many choices as a planner needs."""
+    return np.asarray(values[np.unique(np.linspace(0, len(values) - 1, 8).round().astype(int))])
