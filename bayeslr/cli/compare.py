@@ -71,6 +71,8 @@ def _result_lines(result: Comparison) -> list[str]:
 
 
 def _estimate(estimate: Any) -> str:
+    if estimate.is_nothing:
+        return "0 (the best tried)"
     if estimate.low is None:
         return f"{estimate.value:.4f}"
     return f"{estimate.value:.4f} ({estimate.low:.4f} to {estimate.high:.4f})"

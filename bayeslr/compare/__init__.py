@@ -53,8 +53,8 @@ class Comparison:
     """What a comparison leaves.
 
     outcomes: one an arm and target. differences: by arm, that arm minus the one it is judged
-    against (`verdict.baseline`); None where no target has both. noise: by target, sd of a loss
-    between seeds beside what all runs of a seed share, in nats, and its degrees of freedom.
+    against (`verdict.baseline`); None where no target has both. noise: by target, sd of a loss at a
+    chosen LR between seeds, beside what all runs of a seed share, in nats.
     details: what the choosing showed, JSON-safe (module multipliers, weights of the blend).
     """
 
@@ -64,7 +64,7 @@ class Comparison:
     cells: tuple[Cell, ...]
     outcomes: tuple[Outcome, ...]
     differences: Mapping[str, Difference | None]
-    noise: Mapping[str, tuple[float, int]]
+    noise: Mapping[str, float | None]
     verdict: Verdict
     details: Mapping[str, Any]
     runs: RunTable
@@ -82,10 +82,7 @@ class Comparison:
                 name: None if found is None else found.document()
                 for name, found in self.differences.items()
             },
-            "noise": {
-                target_id: {"sd": sd if freedom else None, "freedom": freedom}
-                for target_id, (sd, freedom) in self.noise.items()
-            },
+            "seed_noise": dict(self.noise),
             "cells": [_cell_document(cell) for cell in self.cells],
             **self.details,
         }
@@ -219,7 +216,7 @@ def _judged(
     recipe: CompareRecipe, out: Path, arms: Sequence[Arm], cells: Sequence[Cell],
     details: Mapping[str, Any], trials: Sequence[Trial],
 ) -> Comparison:  # fmt: skip
-    board = Scoreboard(cells, seed=recipe.seed)
+    board = Scoreboard(cells)
     outcomes = [
         board.outcome(arm, str(target["target_id"]))
         for target in recipe.fitting.targets
@@ -239,7 +236,7 @@ def _judged(
         cells=tuple(cells),
         outcomes=tuple(outcomes),
         differences=differences,
-        noise=board.noise,
+        noise=board.noise(),
         verdict=verdict(arms, outcomes, differences),
         details=details,
         runs=make_table(rows, source=f"comparison {recipe.name}"),

@@ -173,7 +173,8 @@ def _fitting_arms(
     except DataError as error:
         return arms, {TWO_STAGE: str(error)}
     classical.save(folder / "fit-two-stage")
-    rows = _predict(classical, targets)
+    # Least squares drop diverged runs and know no edge: it does not say what diverges.
+    rows = [{**row, "p_diverge": None} for row in _predict(classical, targets)]
     return [*arms, Arm(name=TWO_STAGE, choices=choices_from(rows), **shared)], {}
 
 

@@ -146,6 +146,8 @@ def _choice_text(choice: Choice) -> str:
 def _cell(estimate: Estimate | None, *, sign: bool = False) -> dict[str, str]:
     if estimate is None:
         return {"value": "-", "interval": ""}
+    if estimate.is_nothing:
+        return {"value": "0", "interval": "the same runs" if sign else "the best tried"}
     form = "{:+.4f}" if sign else "{:.4f}"
     interval = ""
     if estimate.low is not None and estimate.high is not None:
@@ -159,17 +161,15 @@ def _cell(estimate: Estimate | None, *, sign: bool = False) -> dict[str, str]:
 def _interval_note(result: Comparison) -> str:
     if result.recipe.num_seeds < 2:
         return "One seed: no interval can be given."
-    noise = "; ".join(
-        f"{target_id} {sd:.4f} nats ({freedom} degrees of freedom)"
-        for target_id, (sd, freedom) in result.noise.items()
-        if freedom
+    noise = ", ".join(
+        f"{sd:.4f} nats for {target_id}" for target_id, sd in result.noise.items() if sd is not None
     )
     return (
-        "Intervals are over seeds. A seed shifts all runs of a target alike (they see the same "
-        "batches) and that shift cancels in differences; what is left is the noise of a loss, "
-        f"pooled over the LRs of a target: {noise}. Regret is above the lowest mean on the own "
-        "valley, which is itself the lowest of several noisy means. The interval of the loss alone "
-        "holds the shift as well."
+        "Intervals are Student's t over the seeds, of differences between runs of the same seed: "
+        "they see the same batches, and what that does to all of them cancels. Regret is above the "
+        "LR with the lowest mean on the own valley, which these runs name themselves; the choice "
+        "that is that LR has none. The interval of the loss alone holds what a seed does to all "
+        f"runs. Beside that, a loss at a chosen LR scatters by {noise} between seeds."
     )
 
 

@@ -1,9 +1,9 @@
 """What the held-out runs say: loss, regret and differences between arms, each with its interval.
 
-Seeds are paired: the runs of one seed see the same batches, so a seed shifts all cells of a target
-alike, and that shift cancels in differences. What is left (cell by seed) is the noise of a loss; it
-is pooled over the cells of a target. A cell's mean is then known up to a Student t of that noise,
-and every interval below is read off joint draws of those.
+Everything but the loss itself is a difference between runs of the same seed, which see the same
+batches, so that what a seed does to all runs of a target cancels. The differences are averaged over
+the targets seed by seed, and the interval is that of Student's t over the seeds. No noise is pooled
+over LRs: near the edge of divergence it is many times that at the bottom of a valley.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
 
 PROB = 0.9
-NUM_DRAWS = 10_000
-"""Draws behind each interval: Monte Carlo error of a 5 % quantile about 0.02 of its sd."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,6 +39,11 @@ class Estimate:
         """Whether the interval excludes zero."""
         return self.low is not None and self.high is not None and self.low * self.high > 0
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether this is a difference of something with itself."""
+        return self.value == self.low == self.high == 0
+
     def document(self) -> dict[str, float | None]:
         """JSON-safe form."""
         return {"value": self.value, "low": self.low, "high": self.high}
@@ -50,9 +53,10 @@ class Estimate:
 class Outcome:
     """One arm at one target.
 
-    lr: what was trained for it. loss: mean over seeds. regret: above the lowest mean loss on its
-    own valley; gap: above the lowest of all valleys. All None where a seed of the choice did not
-    end well. beyond_edge: the lowest loss of its valley is at the lowest or highest LR trained.
+    lr: what was trained for it. loss: mean over seeds. regret: above the LR with the lowest mean
+    loss on its own valley; gap: above that of all valleys. Which LR that is, is read off the same
+    runs. All None where a seed of the choice did not end well. beyond_edge: the lowest loss of its
+    valley is at the lowest or highest LR trained.
     """
 
     arm: str
@@ -103,131 +107,100 @@ class Difference:
 
 
 class Scoreboard:
-    """Joint draws of the mean losses of all cells, and what follows from them."""
+    """Contrasts between the cells of a comparison."""
 
-    def __init__(self, cells: Sequence[Cell], *, seed: int = 1) -> None:
+    def __init__(self, cells: Sequence[Cell]) -> None:
         self.cells = tuple(cells)
-        self.noise: dict[str, tuple[float, int]] = {}
-        self._means = np.array(
-            [np.mean([y for y in c.losses if y is not None]) if c.complete else np.nan
-             for c in cells]
-        )  # fmt: skip
-        self._draws = np.repeat(self._means[None], NUM_DRAWS, axis=0)
-        rng = np.random.default_rng(seed)
-        for target_id in dict.fromkeys(c.target_id for c in cells):
-            at = [i for i, c in enumerate(cells) if c.target_id == target_id and c.complete]
-            if not at:
-                continue
-            losses = np.array([cells[i].losses for i in at], dtype=float)
-            sd, freedom = seed_noise(losses)
-            self.noise[target_id] = (sd, freedom)
-            if freedom:
-                scale = sd * np.sqrt(freedom / rng.chisquare(freedom, size=(NUM_DRAWS, 1)))
-                normal = rng.normal(size=(NUM_DRAWS, len(at)))
-                self._draws[:, at] += scale / math.sqrt(losses.shape[1]) * normal
 
     def outcome(self, arm: Arm, target_id: str) -> Outcome:
         """How an arm did at a target."""
-        index = self._chosen(arm.name, target_id)
-        cell = self.cells[index]
-        own = self._ended(target_id, cell.variant)
-        best = min(own, key=lambda i: self._means[i]) if own else None
-        lrs = [self.cells[i].lr for i in range(len(self.cells)) if self._on(i, cell)]
-        best_lr = None if best is None else self.cells[best].lr
-        ended = cell.complete
+        cell = self._chosen(arm.name, target_id)
+        best, lowest = self._best(target_id, cell.variant), self._best(target_id)
+        lrs = [c.lr for c in self._of(target_id, cell.variant)]
+        ended = cell.complete and best is not None and lowest is not None
         return Outcome(
             arm=arm.name,
             target_id=target_id,
             variant=cell.variant,
             lr=cell.lr,
             states=cell.states,
-            loss=self._loss(index) if ended else None,
-            regret=self._above(index, own) if ended else None,
-            gap=self._above(index, self._ended(target_id)) if ended else None,
-            best_lr=best_lr,
-            beyond_edge=best_lr is not None and best_lr in (min(lrs), max(lrs)),
+            loss=over_seeds([_losses(cell)]) if ended else None,
+            regret=over_seeds([_losses(cell) - _losses(best)]) if ended else None,
+            gap=over_seeds([_losses(cell) - _losses(lowest)]) if ended else None,
+            best_lr=None if best is None else best.lr,
+            beyond_edge=best is not None and best.lr in (min(lrs), max(lrs)),
         )
 
     def difference(self, first: str, second: str) -> Difference | None:
         """Two arms over all targets at which both ended well; None if there is none."""
         total, regret, targets = [], [], []
-        point = {"total": 0.0, "regret": 0.0}
         for target_id in dict.fromkeys(c.target_id for c in self.cells):
             a, b = self._chosen(first, target_id), self._chosen(second, target_id)
-            if not (self.cells[a].complete and self.cells[b].complete):
+            if not (a.complete and b.complete):
                 continue
-            own = [self._ended(target_id, self.cells[i].variant) for i in (a, b)]
-            total.append(self._draws[:, a] - self._draws[:, b])
-            regret.append(
-                self._draws[:, a] - self._draws[:, own[0]].min(axis=1)
-                - self._draws[:, b] + self._draws[:, own[1]].min(axis=1)
-            )  # fmt: skip
-            point["total"] += self._means[a] - self._means[b]
-            point["regret"] += (
-                self._means[a] - self._means[own[0]].min()
-                - self._means[b] + self._means[own[1]].min()
-            )  # fmt: skip
+            best_a, best_b = (self._best(target_id, cell.variant) for cell in (a, b))
+            total.append(_losses(a) - _losses(b))
+            regret.append(_losses(a) - _losses(best_a) - _losses(b) + _losses(best_b))
             targets.append(target_id)
         if not targets:
             return None
-        num = len(targets)
-        total_draws, regret_draws = np.mean(total, axis=0), np.mean(regret, axis=0)
-        whole, part = point["total"] / num, point["regret"] / num
+        by_valley = [whole - part for whole, part in zip(total, regret, strict=True)]
         return Difference(
             first=first,
             second=second,
-            total=self._estimate(whole, total_draws, targets),
-            by_regret=self._estimate(part, regret_draws, targets),
-            by_valley=self._estimate(whole - part, total_draws - regret_draws, targets),
+            total=over_seeds(total),
+            by_regret=over_seeds(regret),
+            by_valley=over_seeds(by_valley),
             targets=tuple(targets),
         )
 
-    def _chosen(self, arm: str, target_id: str) -> int:
-        return next(
-            i for i, c in enumerate(self.cells) if c.target_id == target_id and arm in c.chosen_by
-        )
+    def noise(self) -> dict[str, float | None]:
+        """Seed noise of a loss at the chosen LRs of each target; None where it is not known."""
+        found = {}
+        for target_id in dict.fromkeys(c.target_id for c in self.cells):
+            chosen = [c.losses for c in self._of(target_id) if c.chosen_by and c.complete]
+            found[target_id] = seed_noise(np.array(chosen, dtype=float)) if chosen else None
+        return found
 
-    def _on(self, index: int, cell: Cell) -> bool:
-        other = self.cells[index]
-        return (other.target_id, other.variant) == (cell.target_id, cell.variant)
+    def _of(self, target_id: str, variant: str | None = None) -> list[Cell]:
+        """Cells of a target, of one valley or of all."""
+        return [c for c in self.cells if c.target_id == target_id and variant in (None, c.variant)]
 
-    def _ended(self, target_id: str, variant: str | None = None) -> list[int]:
-        """Cells of a target, of one valley or all, whose every seed ended well."""
-        return [
-            i
-            for i, c in enumerate(self.cells)
-            if c.target_id == target_id and c.complete and variant in (None, c.variant)
-        ]
+    def _chosen(self, arm: str, target_id: str) -> Cell:
+        return next(c for c in self._of(target_id) if arm in c.chosen_by)
 
-    def _loss(self, index: int) -> Estimate:
-        """Mean loss; its interval holds the seeds' common shift too, from the cell's own seeds."""
-        from scipy.stats import t
-
-        losses = np.array(self.cells[index].losses, dtype=float)
-        mean = float(losses.mean())
-        if len(losses) < 2:
-            return Estimate(value=mean)
-        half = float(t.ppf(0.5 + PROB / 2, len(losses) - 1) * losses.std(ddof=1))
-        half /= math.sqrt(len(losses))
-        return Estimate(value=mean, low=mean - half, high=mean + half)
-
-    def _above(self, index: int, others: Sequence[int]) -> Estimate:
-        value = float(self._means[index] - self._means[others].min())
-        draws = self._draws[:, index] - self._draws[:, others].min(axis=1)
-        return self._estimate(value, draws, [self.cells[index].target_id])
-
-    def _estimate(self, value: float, draws: FloatArray, targets: Sequence[str]) -> Estimate:
-        if any(self.noise[target_id][1] == 0 for target_id in targets):
-            return Estimate(value=float(value))
-        low, high = np.quantile(draws, [(1 - PROB) / 2, (1 + PROB) / 2])
-        return Estimate(value=float(value), low=float(low), high=float(high))
+    def _best(self, target_id: str, variant: str | None = None) -> Cell | None:
+        """Cell with the lowest mean loss among those whose every seed ended well."""
+        ended = [c for c in self._of(target_id, variant) if c.complete]
+        return min(ended, key=lambda c: float(_losses(c).mean())) if ended else None
 
 
-def seed_noise(losses: FloatArray) -> tuple[float, int]:
-    """Noise of a loss (cell, seed) beside the shifts of cells and seeds: its sd and freedom.
+def _losses(cell: Cell | None) -> FloatArray:
+    assert cell is not None
+    return np.array(cell.losses, dtype=float)
+
+
+def over_seeds(by_target: Sequence[FloatArray]) -> Estimate:
+    """Mean over targets and seeds of values (seed,), one array a target, and its interval.
+
+    Student's t over the seeds' means, which holds whatever the targets share. A contrast of a cell
+    with itself is zero and has no width; from a single seed there is no interval.
+    """
+    from scipy.stats import t
+
+    values = np.mean(by_target, axis=0)
+    mean, num_seeds = float(values.mean()), len(values)
+    if num_seeds < 2:
+        return Estimate(value=mean)
+    half = float(t.ppf(0.5 + PROB / 2, num_seeds - 1) * values.std(ddof=1) / math.sqrt(num_seeds))
+    return Estimate(value=mean, low=mean - half, high=mean + half)
+
+
+def seed_noise(losses: FloatArray) -> float | None:
+    """Sd of a loss (cell, seed) beside what cells and seeds share, in nats; None if not known.
 
     The residual of the additive two-way layout. With one cell the seeds' shift cannot be told from
-    the noise and is counted in. Freedom 0 (one seed): sd is NaN.
+    the noise and is counted in.
     """
     num_cells, num_seeds = losses.shape
     residual = losses - losses.mean(axis=1, keepdims=True)
@@ -235,6 +208,4 @@ def seed_noise(losses: FloatArray) -> tuple[float, int]:
     if num_cells > 1:
         residual = residual - residual.mean(axis=0, keepdims=True)
         freedom = (num_cells - 1) * (num_seeds - 1)
-    if freedom == 0:
-        return math.nan, 0
-    return float(np.sqrt((residual**2).sum() / freedom)), freedom
+    return float(np.sqrt((residual**2).sum() / freedom)) if freedom else None
