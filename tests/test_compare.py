@@ -22,12 +22,13 @@ from typer.testing import CliRunner, Result
 from bayeslr.cli import app
 from bayeslr.compare import Comparison, compare, describe
 from bayeslr.compare.choosing import _trainable
-from bayeslr.compare.heldout import MERGE_OCTAVES, places
+from bayeslr.compare.heldout import MERGE_OCTAVES, _diagnostics, places
 from bayeslr.compare.proxies import grid_runs
 from bayeslr.compare.recipe import load_compare_recipe, parse_compare_recipe
 from bayeslr.compare.stacking import stacks_of
 from bayeslr.errors import BayeslrError, DataError, SpecError, UntrustworthyFit
 from bayeslr.loop import to_toml
+from bayeslr.runner_protocol import Trial
 from bayeslr.runs import read_runs
 from bayeslr.specs import Recipe, RunSpec
 from bayeslr_runners.command import CommandRunner
@@ -158,6 +159,21 @@ def test_a_trainer_that_never_works_is_named(tmp_path: Path, stand_ins: None) ->
 def test_mistakes_in_a_recipe_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SpecError, match=message):
         describe(parse_compare_recipe(toy_comparison(**changes)))
+
+
+def test_diagnostics_that_fade_with_the_lr_are_of_the_trunk() -> None:
+    spec = RunSpec(
+        run_id="r", family="f", runner="moe", lr=1e-2, tokens=300, batch_tokens=100, n_active=10,
+        n_total=10, seq_len=10,
+    )  # fmt: skip
+    trunk = {"grad_norm": 1.0, "update_ratio": {"head": 1e-2}, "activation_rms": [1.0, 2.0]}
+    end = {"grad_norm": 0.1, "update_ratio": {"head": 1e-6}, "activation_rms": [3.0, None]}
+    rows = (
+        {"tokens": 300, "status": "ok", "loss": 2.0, "diagnostics": end},
+        {"tokens": 200, "status": "partial", "loss": 2.1, "diagnostics": trunk},
+    )
+    found = _diagnostics(Trial(number=0, spec=spec, state="ok", flops=1.0, records=rows))
+    assert found == {"grad_norm": 1.0, "update_ratio.head": 1e-2, "activation_rms.layer 1": 3.0}
 
 
 def test_near_choices_share_their_runs() -> None:

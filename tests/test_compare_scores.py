@@ -26,6 +26,7 @@ from tests.chromium import Page, chromium_page, find_chromium
 
 TARGETS = ("wide <one>", "wider")
 MULTIPLES = (0.5, 1.0, 2.0)
+DIAGNOSTICS = {"grad_norm": 0.5, "effective_rank": 7.0, "other.part": 1.0}
 CURVATURE = 0.03
 
 
@@ -77,8 +78,7 @@ def made_up_cells(
                                      for i, y in enumerate(losses)),
                         states=tuple("diverged" if lost and i == 0 else "ok"
                                      for i in range(num_seeds)),
-                        diagnostics=tuple({"grad_norm": 0.5, "spikes.count": 1.0, "rank.last": 7.0}
-                                          for _ in range(num_seeds)),
+                        diagnostics=tuple(DIAGNOSTICS for _ in range(num_seeds)),
                     )
                 )  # fmt: skip
     return cells

@@ -17,6 +17,9 @@ from bayeslr.space import targets_of
 # These three are trained around their choice as well; the others lie on the same valleys.
 WITH_VALLEY = (FITTING, TRANSFER, MODULES)
 
+OF_THE_TRUNK = ("grad_norm", "update_ratio")
+"""Diagnostics that fade with the LR: at the end of the decay they say nothing of the choice."""
+
 MERGE_OCTAVES = 0.1
 """A choice this near to an LR that is trained anyway is judged by its runs.
 
@@ -42,7 +45,7 @@ class Cell:
     """What the seeds of a place came to, in order of the seeds.
 
     losses: nats per token, None where a run diverged or failed. states: as in the run table.
-    diagnostics: those of each run's last record, flat names to numbers.
+    diagnostics: of each run, flat names to numbers.
     """
 
     target_id: str
@@ -141,19 +144,27 @@ def _twin(found: Sequence[Place], target_id: str, variant: str, lr: float) -> in
 
 
 def _diagnostics(trial: Trial) -> dict[str, float]:
-    rows = [r for r in trial.records if r.get("diagnostics")]
+    """Those of a run's last record; of the last before the decay where the LR's size is in them."""
+    rows = sorted((r for r in trial.records if r.get("diagnostics")), key=lambda r: r["tokens"])
     if not rows:
         return {}
-    return dict(_flat(max(rows, key=lambda r: r["tokens"])["diagnostics"]))
+    found = dict(_flat(rows[-1]["diagnostics"]))
+    before = [r for r in rows if r.get("status") == "partial"]
+    if before:
+        earlier = _flat(before[-1]["diagnostics"])
+        found |= {name: value for name, value in earlier if name.startswith(OF_THE_TRUNK)}
+    return found
 
 
 def _flat(value: Mapping[str, Any], path: str = "") -> list[tuple[str, float]]:
-    """Numbers of a nested mapping, with dotted names."""
+    """Numbers of a nested mapping, with dotted names; lists are by layer, counted from 1."""
     found: list[tuple[str, float]] = []
     for key, entry in value.items():
         name = f"{path}.{key}".strip(".")
         if isinstance(entry, Mapping):
             found += _flat(entry, name)
+        elif isinstance(entry, list | tuple):
+            found += _flat({f"layer {i}": one for i, one in enumerate(entry, 1)}, name)
         elif isinstance(entry, int | float) and math.isfinite(entry):
             found.append((name, float(entry)))
     return found

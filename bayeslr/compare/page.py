@@ -228,7 +228,7 @@ def _valley(result: Comparison, target: Target, number: int) -> dict[str, str]:
 
 def _stability_lead(keys: set[str]) -> str:
     if any("." in key or key not in ("ended", "half", "twice") for key in keys):
-        return "What the trainer recorded at the end of the runs at each choice."
+        return "What the trainer recorded of the runs at each choice, mean of the seeds."
     return "This trainer recorded no diagnostics; what the losses alone say."
 
 

@@ -11,14 +11,26 @@ from bayeslr.compare.heldout import Cell
 
 # Names that the trainer gives, in the order of the table; what is not here follows as it is called.
 LABELS = {
-    "grad_norm": ("gradient norm", "last step, before clipping"),
-    "train_loss": ("training loss", "smoothed"),
+    "loss_spikes": ("loss spikes", "how many"),
+    "spike_height": ("highest spike, nats", "above the level before it"),
+    "spike_steps": ("longest spike, steps", ""),
+    "grad_norm": ("gradient norm", "before clipping, before the decay"),
+    "train_loss": ("training loss", "smoothed, at the end"),
     "max_attention_logit": ("largest attention logit", ""),
     "max_load": ("largest load of an expert", "1 is even"),
     "effective_experts_min": ("experts in effect", "least of the layers"),
     "router_entropy_min": ("router entropy, nats", "least of the layers"),
+    "representation_change": (
+        "change of the representation",
+        "since initialisation, relative: features are learnt where it is of order 1",
+    ),
+    "effective_rank": ("effective rank of it", "at the end"),
 }
-FEATURES = ("feature", "features", "hidden", "rank", "update", "alignment")
+FAMILIES = {
+    "activation_rms": ("RMS of activations", "at the end"),
+    "update_ratio": ("update over weight", "RMS, one step before the decay"),
+}
+FEATURES = ("representation_change", "effective_rank", *FAMILIES)
 _BOOKKEEPING = ("tokens_seen", "tokens_trained", "threads")
 
 
@@ -44,10 +56,18 @@ def stability_rows(cells: Sequence[Cell], arms: Sequence[Arm], target_id: str) -
     found = {name for c in chosen for one in c.diagnostics for name in one} - {*_BOOKKEEPING}
     order = [n for n in LABELS if n in found] + sorted(found - set(LABELS))
     for name in order:
-        label, meaning = LABELS.get(name, (name.replace("_", " ").replace(".", ", "), ""))
+        label, meaning = _label(name)
         values = [_mean(c, name) for c in chosen]
         rows.append({"key": name, "label": label, "meaning": meaning, "values": values})
     return {"arms": [arm.name for arm in arms], "rows": rows}
+
+
+def _label(name: str) -> tuple[str, str]:
+    if name in LABELS:
+        return LABELS[name]
+    stem, _, part = name.partition(".")
+    label, meaning = FAMILIES.get(stem, (stem.replace("_", " "), ""))
+    return (f"{label}, {part.replace('.', ', ')}" if part else label), meaning
 
 
 def _valley(cells: Sequence[Cell], chosen: Cell) -> list[Cell]:
