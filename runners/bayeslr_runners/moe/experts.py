@@ -106,9 +106,13 @@ def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Te
     shape, x_TD = x_TD.shape, x_TD.flatten(0, -2)
     x_AD = apply(_Dispatch, x_TD, routing.token_A, routing.inverse_A, top_k)
     gate_A = apply(_Dispatch, routing.gate_TK.reshape(-1, 1), routing.order_A, routing.inverse_A, 1)
-    hidden_AF = swiglu(grouped_matmul(x_AD, up_ED2F, routing))
-    # The gate multiplies the hidden units, which are fewer than the outputs.
-    y_AD = grouped_matmul(hidden_AF * gate_A.to(hidden_AF.dtype), down_EFD, routing)
+    hidden_A2F = grouped_matmul(x_AD, up_ED2F, routing)
+    # The gate multiplies the hidden units: its gradient then needs no second grouped matmul.
+    if hidden_A2F.is_cuda:
+        hidden_AF = swiglu(hidden_A2F) * gate_A.to(hidden_A2F.dtype)
+    else:
+        hidden_AF = apply(_GatedSwiglu, hidden_A2F, gate_A)
+    y_AD = grouped_matmul(hidden_AF, down_EFD, routing)
     return apply(_Combine, y_AD, routing.token_A, routing.inverse_A, top_k).view(shape)
 
 
@@ -116,6 +120,32 @@ def swiglu(gate_and_up: Tensor) -> Tensor:
     """silu(gate) x up of the two halves of the last axis."""
     gate, up = gate_and_up.chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+class _GatedSwiglu(torch.autograd.Function):
+    """SwiGLU times the gate; autograd's own copies the two halves of the gradient together."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_A2F: Tensor, gate_A1: Tensor) -> Tensor:
+        gate_AF, up_AF = hidden_A2F.chunk(2, dim=-1)
+        silu_AF = F.silu(gate_AF)
+        act_AF = silu_AF * up_AF
+        ctx.save_for_backward(hidden_A2F, gate_A1, silu_AF, act_AF)
+        return act_AF * gate_A1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        hidden_A2F, gate_A1, silu_AF, act_AF = ctx.saved_tensors
+        gate_AF, up_AF = hidden_A2F.chunk(2, dim=-1)
+        grad_gate_A1 = (grads[0] * act_AF).sum(-1, keepdim=True)
+        grad_act_AF = grads[0] * gate_A1
+        grad_hidden_A2F = torch.empty_like(hidden_A2F)
+        grad_of_gate_AF, grad_of_up_AF = grad_hidden_A2F.chunk(2, dim=-1)
+        torch.mul(grad_act_AF, silu_AF, out=grad_of_up_AF)
+        torch.ops.aten.silu_backward.grad_input(
+            grad_act_AF.mul_(up_AF), gate_AF, grad_input=grad_of_gate_AF
+        )
+        return grad_hidden_A2F, grad_gate_A1
 
 
 def grouped_matmul(x_AD: Tensor, weight_EDF: Tensor, routing: Routing) -> Tensor:

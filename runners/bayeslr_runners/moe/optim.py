@@ -66,16 +66,10 @@ def group_of(name: str, naming: Mapping[str, str]) -> str:
 def stacked_groups(members: Sequence[list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """Parameter groups of a stack from its members' own, which share parameters and epsilon.
 
-    LR and weight decay become (R, 1), one a member.
+    LR and weight decay become lists, one value a member.
     """
     return [
-        {
-            **groups[0],
-            **{
-                key: torch.tensor([[group[key]] for group in groups])
-                for key in ("lr", "weight_decay")
-            },
-        }
+        {**groups[0], **{key: [group[key] for group in groups] for key in ("lr", "weight_decay")}}
         for groups in zip(*members, strict=True)
     ]
 
@@ -84,8 +78,8 @@ class AdamW:
     """AdamW over `param_groups`, each group's weights and gradients one flat tensor.
 
     In a stack (`stacked_groups`) that tensor is (R, n), and each member is clipped by its own norm.
-    The parameters become views of the flat weights. ``torch.optim`` does the same arithmetic; its
-    optimizers import the compiler, which costs a short run a second.
+    The parameters become views of the flat weights. The step is PyTorch's own fused one, called
+    without ``torch.optim``: its optimizers import the compiler, which costs a short run a second.
     """
 
     def __init__(self, groups: list[dict[str, Any]], *, beta1: float, beta2: float) -> None:
@@ -120,18 +114,17 @@ class AdamW:
         """Take a step at a share of each group's peak LR."""
         self.num_steps += 1
         self.lr_factor = lr_factor
-        mean_bias = 1.0 - self.beta1**self.num_steps
-        square_bias = 1.0 - self.beta2**self.num_steps
         for group in self.groups:
-            lr = group.peak_lr * lr_factor
-            group.mean.lerp_(group.grad, 1.0 - self.beta1)
-            group.square.mul_(self.beta2).addcmul_(group.grad, group.grad, value=1.0 - self.beta2)
-            denominator = group.square.sqrt().div_(square_bias**0.5).add_(group.eps)
-            group.weights.mul_(1.0 - lr * group.weight_decay)
-            if isinstance(lr, float):
-                group.weights.addcdiv_(group.mean, denominator, value=-lr / mean_bias)
-            else:
-                group.weights.addcdiv_(group.mean * (-lr / mean_bias), denominator)
+            num_steps = torch.full((), float(self.num_steps), device=group.weights.device)
+            for lr, weight_decay, row in zip(
+                group.peak_lr, group.weight_decay, group.rows, strict=True
+            ):
+                weights, grad, mean, square = ([one] for one in row)
+                torch._fused_adamw_(
+                    weights, grad, mean, square, [], [num_steps], lr=lr * lr_factor,
+                    beta1=self.beta1, beta2=self.beta2, weight_decay=weight_decay, eps=group.eps,
+                    amsgrad=False, maximize=False,
+                )  # fmt: skip
 
     @torch.no_grad()
     def update_ratios(self) -> list[dict[str, float]]:
@@ -141,19 +134,21 @@ class AdamW:
         """
         by_group = {}
         for group in self.groups:
-            if self.num_steps == 0:
-                ratio = torch.zeros(group.weights.shape[:-1])
-            else:
-                square = group.square / (1.0 - self.beta2**self.num_steps)
-                update = group.mean / (1.0 - self.beta1**self.num_steps)
-                update.div_(square.sqrt_().add_(group.eps))
-                norms = [torch.linalg.vector_norm(one, dim=-1) for one in (update, group.weights)]
-                lr = group.peak_lr
-                lr = lr.squeeze(-1) if isinstance(lr, Tensor) else lr
-                ratio = norms[0] / norms[1] * lr * self.lr_factor
-            by_group[group.name] = ratio.flatten().tolist()
+            by_group[group.name] = [
+                lr * self.lr_factor * self._step_over_weights(*row, eps=group.eps)
+                for lr, row in zip(group.peak_lr, group.rows, strict=True)
+            ]
         count = len(next(iter(by_group.values())))
         return [{name: ratios[i] for name, ratios in by_group.items()} for i in range(count)]
+
+    def _step_over_weights(
+        self, weights: Tensor, grad: Tensor, mean: Tensor, square: Tensor, *, eps: float
+    ) -> float:
+        if self.num_steps == 0:
+            return 0.0
+        step = mean / (1.0 - self.beta1**self.num_steps)
+        step.div_((square / (1.0 - self.beta2**self.num_steps)).sqrt_().add_(eps))
+        return float(torch.linalg.vector_norm(step) / torch.linalg.vector_norm(weights))
 
     def state(self, member: int | None = None) -> dict[str, Any]:
         """A copy of weights and moments, on the CPU; of one member of a stack, as if alone."""
@@ -185,15 +180,20 @@ class _FlatGroup:
     def __init__(self, group: dict[str, Any]) -> None:
         self.parameters: list[nn.Parameter] = group["params"]
         self.name: str = group["group"]
-        device = self.parameters[0].device
-        self.peak_lr: float | Tensor = _on(device, group["lr"])
-        self.weight_decay: float | Tensor = _on(device, group["weight_decay"])
         self.eps: float = group["eps"]
         # The members of a stack are rows, so that each one's weights lie as they do alone.
-        self.num_stacked = 1 if isinstance(self.peak_lr, Tensor) else 0
+        self.num_stacked = 1 if isinstance(group["lr"], list) else 0
+        self.peak_lr, self.weight_decay = (
+            list[float](group[key] if self.num_stacked else [group[key]])
+            for key in ("lr", "weight_decay")
+        )
         flat = [p.detach().flatten(self.num_stacked) for p in self.parameters]
         self.weights = torch.cat(flat, dim=-1)
         self.grad, self.mean, self.square = (torch.zeros_like(self.weights) for _ in range(3))
+        whole = (self.weights, self.grad, self.mean, self.square)
+        self.rows: list[tuple[Tensor, ...]] = [whole]
+        if self.num_stacked:
+            self.rows = list(zip(*(one.unbind() for one in whole), strict=True))
         sizes = [one.shape[-1] for one in flat]
         for parameter, weights in zip(
             self.parameters, torch.split(self.weights, sizes, dim=-1), strict=True
@@ -204,7 +204,3 @@ class _FlatGroup:
         """Weights or a moment, in a stack of one member."""
         whole: Tensor = getattr(self, key)
         return whole if member is None else whole[member]
-
-
-def _on(device: torch.device, value: float | Tensor) -> float | Tensor:
-    return value.to(device) if isinstance(value, Tensor) else value
