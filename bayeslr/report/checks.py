@@ -40,7 +40,9 @@ def marks(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     holdout, misfit = info.get("holdout"), info["misfit"]
     if holdout:
         # Fit folders of before have no such judgement.
-        mark, good = _HOLDOUT_MARKS[holdout.get("verdict", "partly")]
+        mark, good = _HOLDOUT_MARKS.get(
+            holdout.get("verdict", ""), ("Largest cells left out", None)
+        )
         rows.append({"mark": mark, "good": good, "text": holdout["sentence"]})
     else:
         text = NO_HOLDOUT if "holdout" in info else (
