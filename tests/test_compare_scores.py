@@ -18,7 +18,7 @@ from bayeslr.compare.arms import BLEND, FITTING, MODULES, TRANSFER, TWO_STAGE, A
 from bayeslr.compare.heldout import Cell
 from bayeslr.compare.page import render
 from bayeslr.compare.recipe import parse_compare_recipe
-from bayeslr.compare.scores import Scoreboard, seed_noise
+from bayeslr.compare.scores import Difference, Estimate, Scoreboard, seed_noise
 from bayeslr.compare.verdict import verdict
 from bayeslr.runner_protocol import Trial
 from bayeslr.specs import RunSpec, Target
@@ -161,6 +161,19 @@ def test_the_sentence_says_who_and_why(
     assert judged.winner == winner, judged.sentence
     for word in words:
         assert word in judged.sentence
+
+
+def test_a_reason_is_given_only_where_it_shows() -> None:
+    part = Estimate(value=0.02, low=-0.01, high=0.05)
+    whole = Estimate(value=0.03, low=0.01, high=0.05)
+    found = Difference(
+        first=TRANSFER, second=FITTING, total=whole, by_regret=part, by_valley=part, targets=("a",)
+    )
+    unsure = verdict(made_up_arms(), [], {TRANSFER: found})
+    assert unsure.winner == FITTING
+    assert "whether by its LRs or by its valleys these runs do not say" in unsure.sentence
+    sure = verdict(made_up_arms(), [], {TRANSFER: dataclasses.replace(found, by_regret=whole)})
+    assert "because its LRs lay nearer" in sure.sentence
 
 
 def test_module_wise_tuning_has_its_own_clause() -> None:

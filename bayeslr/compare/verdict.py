@@ -67,16 +67,18 @@ def verdict(
     text = (
         f"{PARADIGM[winner]} served better here ({compute}): its LRs ended "
         f"{abs(found.total.value):.4f} nats lower ({_interval(found.total, absolute=True)}{over}), "
-        f"{_why(found, winner)}"
+        f"{_why(found)}"
     )
     return Verdict(winner=winner, sentence=f"{text}{_modules(differences, outcomes)}.")
 
 
-def _why(found: Difference, winner: str) -> str:
-    """Whether the LRs or the valleys made the difference."""
+def _why(found: Difference) -> str:
+    """Whether the LRs or the valleys made the difference, if that can be told."""
     sign = 1.0 if found.total.value > 0 else -1.0
     by_lr, by_valley = sign * found.by_regret.value, sign * found.by_valley.value
     parts = f"{_signed(by_lr)} through the LR, {_signed(by_valley)} through the valley"
+    if not (found.by_regret if by_lr >= by_valley else found.by_valley).settled:
+        return f"whether by its LRs or by its valleys these runs do not say ({parts})"
     if by_lr >= by_valley:
         return f"because its LRs lay nearer to the bottom of their valleys ({parts})"
     return (
