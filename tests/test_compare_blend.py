@@ -67,10 +67,10 @@ def test_the_card_of_the_transfer_keeps_the_lr_and_the_data_may_overrule() -> No
 
 
 def ladder(exponent: float, **more: Any) -> RunTable:
-    """Three sizes whose LR* falls like n_active^exponent, five LRs each."""
+    """Two sizes whose LR* falls like n_active^exponent, five LRs each."""
     rng = np.random.default_rng(4)
     rows = []
-    for n_active in (3e4, 9e4, 2.7e5):
+    for n_active in (3e4, 2.7e5):
         optimum = math.log(1e-2) + exponent * math.log(n_active / 3e4)
         for step in range(-2, 3):
             log_lr = math.log(1e-2) + 0.6 * exponent * math.log(n_active / 3e4) + 0.5 * step
@@ -100,12 +100,13 @@ def test_runs_of_two_parametrisations_are_refused() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("exponent", "better"), [(0.0, "transfer"), (-0.6, "moe-default")])
 def test_the_model_that_predicts_the_largest_shape_gets_the_weight(
     exponent: float, better: str
 ) -> None:
-    """Real fits. The optimum of the largest size is 0.66 in ln LR away from the smaller ones'
-    under the law, 0 under the transfer; weights of 0.5 either way would be blind."""
+    """Real fits. Without the larger size its optimum is told by the card alone: 1.0 in ln LR lower
+    under the law (sd 0.55), nowhere else under the transfer (sd 0.3); what came is 0 or 1.3."""
     found = blend(ladder(exponent), [BIG])
     assert found.weights[better] > 0.65
     assert found.num_held_out == 1
