@@ -23,7 +23,7 @@ from bayeslr.posterior import Posterior
 from bayeslr.predict import TargetDraws, extra_tokens_share, target_draws
 from bayeslr.runner_protocol import find_runner
 from bayeslr.space import candidates as candidates_of
-from bayeslr.space import targets_of
+from bayeslr.space import targets_of, weights_of
 from bayeslr.specs import Recipe, RunSpec, Target
 from bayeslr.units import format_quantity
 
@@ -33,10 +33,15 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.int64]
 
-_MAX_DRAWS = 600
+# Draws: as many as can be had, within so many (draw, observation) pairs. What is chosen from
+# thousands of options by their sample covariance is chosen by its noise if they are few.
+_FEWEST_DRAWS, _MOST_DRAWS, _MAX_PAIRS = 600, 2000, 2_000_000
 
 # A loss this far above the floor says "far too high" or "diverged", and no more than that.
 _MAX_EXCESS = 0.3
+
+# Losses beyond this central part of their draws count as its ends.
+_CENTRAL = (0.005, 0.995)
 
 # Runs of one slice bought together lie at its expected optimum and so many standard deviations to
 # each side of it; at least about a third of an octave, below which seed noise hides the slope.
@@ -131,7 +136,9 @@ class _Beliefs:
                     ))  # fmt: skip
                 mine.append(cells[key])
             cell_of.append(mine)
-        at = target_draws(posterior, [*targets, *extra], max_draws=_MAX_DRAWS)
+        num_pairs = sum(len(mine) for mine in cell_of)
+        max_draws = int(np.clip(_MAX_PAIRS / num_pairs, _FEWEST_DRAWS, _MOST_DRAWS))
+        at = target_draws(posterior, [*targets, *extra], max_draws=max_draws)
         if not (np.isfinite(at.log_lr).all() and np.isfinite(at.floor).all()):
             raise UntrustworthyFit(
                 "the posterior holds draws that are no numbers, so no run can be chosen by it; "
@@ -155,7 +162,10 @@ class _Beliefs:
         rng = np.random.default_rng([seed, 20_260_106])
         finished = np.minimum(excess, _MAX_EXCESS)
         diverged = rng.random(size=lost.shape) < lost
-        self.loss = at.floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
+        loss = at.floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
+        # A handful of draws far out in the tails (batches far from the best) would make up all of
+        # a covariance.
+        self.loss = np.clip(loss, *np.quantile(loss, _CENTRAL, axis=0))
         noise = _noise(posterior, len(self.loss))
         self.noise_variance = np.mean(
             noise[0][:, None] ** 2 + (noise[1][:, None] * finished) ** 2, axis=0
@@ -291,8 +301,8 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
         saves_flops = _worth(beliefs.at, targets, float(gains[best]))
         if only_paying and saves_flops < cost[best]:
             stop_reason = (
-                f"the best run left would save an expected {format_quantity(saves_flops)} FLOPs "
-                f"at the targets and costs {format_quantity(cost[best])}"
+                f"the best that is left would save an expected {format_quantity(saves_flops)} "
+                f"FLOPs at the targets and costs {format_quantity(cost[best])}"
             )
             break
         group = members[best]
@@ -361,4 +371,5 @@ def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
         num_runs=num_runs if num_runs is not None else len(pool),
         budget_flops=budget_flops,
         seed=recipe.seed if seed is None else seed,
+        weights=weights_of(recipe),
     )

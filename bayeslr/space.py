@@ -34,6 +34,7 @@ def targets_of(recipe: Recipe, runner: Runner) -> list[Target]:
     for i, raw in enumerate(recipe.targets):
         document = dict(raw)
         shape = document.pop("shape", None)
+        document.pop("weight", None)
         if shape is not None:
             document["n_active"], document["n_total"] = runner.counts(shape)
             document |= {k: shape[k] for k in ("n_experts", "top_k") if k in shape}
@@ -49,6 +50,21 @@ def targets_of(recipe: Recipe, runner: Runner) -> list[Target]:
         except TypeError as error:
             raise SpecError(f"recipe {recipe.name}, [[targets]] {i + 1}: {error}") from error
     return targets
+
+
+def weights_of(recipe: Recipe) -> list[float]:
+    """What each target's regret counts, ``weight`` in its table, 1 by default.
+
+    Raises: SpecError for a weight that is no number above zero.
+    """
+    weights = [target.get("weight", 1.0) for target in recipe.targets]
+    for i, weight in enumerate(weights, start=1):
+        if not isinstance(weight, int | float) or not 0 < weight < float("inf"):
+            raise SpecError(
+                f"recipe {recipe.name}, [[targets]] {i}: weight must be a number > 0, got "
+                f"{weight!r}"
+            )
+    return [float(weight) for weight in weights]
 
 
 def run_spec(

@@ -82,6 +82,7 @@ def choose(
     budget_flops: float,
     seed: int,
     only_paying: bool = True,
+    weights: Sequence[float] | None = None,
 ) -> Plan:
     """Nearest to the best LR first: depends on every loss so far, so a resumed sweep must agree."""
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from bayeslr.acquire import Candidate, Proposal, _Beliefs, choose, plan, propose
+from bayeslr.errors import SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
 from bayeslr.specs import RunSpec, Target, parse_recipe
@@ -201,3 +202,32 @@ def test_a_plan_proposes_what_was_not_run(posterior: Posterior) -> None:
         assert not mine <= seen
     cheap = plan(posterior, recipe, budget_flops=1e17, num_runs=4)
     assert sum(p.flops for p in cheap.proposals) <= 1e17
+
+
+def test_a_recipes_weights_steer_the_plan_and_are_checked(posterior: Posterior) -> None:
+    document = space_recipe()
+    (far,) = document["targets"]
+    near = {**far, "target_id": "near", "tokens": "2B", "batch_tokens": int(BATCHES[0]),
+            "shape": {"name": "near", "n_active": int(SIZES[0]),
+                      "n_total": int(SPARSITY * SIZES[0])}}  # fmt: skip
+    values = []
+    for weight in (1e-3, 1e3):
+        document["targets"] = [{**far, "weight": weight}, near]
+        found = plan(posterior, parse_recipe(document), budget_flops=1e21, num_runs=1)
+        values.append(found.regret_now)
+    # The far target is the uncertain one: the heavier it counts, the higher the weighted regret.
+    assert values[1] > 2 * values[0]
+    document["targets"] = [{**far, "weight": "much"}]
+    with pytest.raises(SpecError, match="weight must be a number > 0"):
+        plan(posterior, parse_recipe(document), budget_flops=1e21)
+
+
+def test_a_few_absurd_draws_do_not_break_a_choice(posterior: Posterior) -> None:
+    draws = posterior.draws.copy(deep=True)
+    draws["penalty_skew"][0, :2] = 40.0  # batches far from the best: losses beyond all measure
+    found = choose(
+        dataclasses.replace(posterior, draws=draws), pool(), GOAL, num_runs=4, budget_flops=1e22,
+        seed=1, only_paying=False,
+    )  # fmt: skip
+    sane = choose(posterior, pool(), GOAL, num_runs=4, budget_flops=1e22, seed=1, only_paying=False)
+    assert found.regret_after == pytest.approx(sane.regret_after, rel=0.2)

@@ -215,14 +215,25 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
     words = ("plan", folder, "--space", recipe, "--budget", "1e20", "--runs", "2")
     code, text, _ = bayeslr(*words, "-o", out)
     assert code == 0
-    assert "expected regret" in text
-    assert "Then stop:" in text
+    assert "If nothing more is run:\n  big: peak LR" in text
+    assert "more runs" in text
+    assert "FLOPs at the targets" in text
+    assert "Then stop: 2 runs were asked for" in text
     lines = out.read_text().splitlines()
     code, text, _ = bayeslr(*words, "--json")
     document = json.loads(text)
     assert code == 0
     assert len(document["proposals"]) == len(lines)
     assert document["stop_reason"]
+    assert document["predictions"][0]["target_id"] == "big"
+    code, _, _ = bayeslr(*words, "-o", tmp_path / "next")
+    assert code == 0
+    assert {path.read_text() for path in (tmp_path / "next").iterdir()} == {f"{x}\n" for x in lines}
+    code, _, err = bayeslr(*words, "-o", tmp_path / "next.csv")
+    assert code == 2
+    assert "must end in .jsonl" in err
+    code, text, _ = bayeslr("plan", folder, "--space", recipe, "--budget", "1e9")
+    assert "Nothing more pays: no run fits" in text
 
 
 def test_report_writes_one_file(bayeslr: Any, folder: Path, tmp_path: Path) -> None:

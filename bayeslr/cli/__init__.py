@@ -11,7 +11,8 @@ import typer
 
 from bayeslr.cli.compare import compare
 from bayeslr.cli.data import check, import_app
-from bayeslr.cli.model import calibrate, fit, plan, predict, report
+from bayeslr.cli.model import calibrate, fit, predict, report
+from bayeslr.cli.plan import plan
 from bayeslr.cli.priors import priors_app
 from bayeslr.cli.replay import replay
 from bayeslr.cli.sweeps import quickstart, status, sweep, worker

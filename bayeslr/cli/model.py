@@ -1,4 +1,4 @@
-"""Verbs on models: fit, predict, plan, report, calibrate."""
+"""Verbs on models: fit, predict, report, calibrate."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayeslr.errors import SpecError, UntrustworthyFit
-from bayeslr.units import format_quantity, parse_quantity
+from bayeslr.units import parse_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -236,51 +236,6 @@ def _write_table(table: pd.DataFrame, out: Path) -> None:
     write_atomically(out, content)
 
 
-def plan(
-    fit: FitArgument,
-    space: Annotated[str, typer.Option("--space", help="Recipe whose space to choose from.")],
-    budget: Annotated[str, typer.Option("--budget", help="FLOPs to spend, such as 1e18.")],
-    num_runs: Annotated[int | None, typer.Option("--runs", help="At most so many runs.")] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="File for the run specs, JSON lines.")
-    ] = None,
-    json: JsonOption = False,
-) -> None:
-    """The next runs worth paying for: what each costs, what it buys, and when to stop."""
-    import dataclasses
-
-    from bayeslr.acquire import plan as make_plan
-    from bayeslr.loop import open_recipe
-    from bayeslr.posterior import load
-
-    posterior = load(fit)
-    found = make_plan(
-        posterior, open_recipe(space), budget_flops=parse_quantity(budget, name="--budget"),
-        num_runs=num_runs,
-    )  # fmt: skip
-    if out is not None:
-        text = "".join(proposal.spec.to_json() + "\n" for proposal in found.proposals)
-        out.write_text(text, encoding="utf-8")
-    if json:
-        _echo(json_module.dumps(dataclasses.asdict(found), default=str))
-        return
-    _echo(f"If nothing more is run: expected regret at the targets {found.regret_now:.2g} nats")
-    for i, proposal in enumerate(found.proposals, start=1):
-        spec = proposal.spec
-        _echo(
-            f"{i:3d}  {spec.shape.get('name', format_quantity(spec.n_active))}  "
-            f"tokens {format_quantity(spec.tokens)}  batch {format_quantity(spec.batch_tokens)}  "
-            f"lr {spec.lr:.3g}  cost {format_quantity(proposal.flops)} FLOPs  "
-            f"saves {proposal.saves_nats:.2g} nats = {format_quantity(proposal.saves_flops)} FLOPs"
-            f"  diverges with {100 * proposal.p_diverge:.0f} %"
-        )
-    total = sum(proposal.flops for proposal in found.proposals)
-    _echo(
-        f"{len(found.proposals)} runs, {format_quantity(total)} FLOPs: expected regret falls to "
-        f"{found.regret_after:.2g} nats. Then stop: {found.stop_reason}."
-    )
-
-
 def report(
     fit: FitArgument,
     out: Annotated[Path, typer.Option("-o", "--out", help="HTML file to write.")] = Path(
@@ -318,4 +273,4 @@ def calibrate(
     _echo(json_module.dumps(document) if json else result.text())
 
 
-__all__ = ["calibrate", "fit", "plan", "predict", "report"]
+__all__ = ["calibrate", "fit", "predict", "report"]

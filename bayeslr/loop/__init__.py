@@ -43,7 +43,7 @@ from bayeslr.runner_protocol import (
     find_runner,
     mask_password,
 )
-from bayeslr.space import candidates, start_design, targets_of
+from bayeslr.space import candidates, start_design, targets_of, weights_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
 
 if TYPE_CHECKING:
@@ -234,6 +234,7 @@ def find_recipe(name: str | Path) -> Path:
 def check_recipe(recipe: Recipe, runner: Runner) -> list[Target]:
     """Targets of a recipe, once it is certain that the sweep can begin. Raises: SpecError."""
     targets = targets_of(recipe, runner)
+    weights_of(recipe)
     if recipe.validate_target:
         validation_runs(recipe, runner, targets[0], recipe.space.lr.low)
     cheapest = min(candidates(recipe, runner), key=lambda p: p.flops)

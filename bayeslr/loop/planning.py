@@ -10,7 +10,15 @@ from bayeslr.errors import BayeslrError, DataError, UntrustworthyFit
 from bayeslr.loop.worker import Due, Progress, Stop
 from bayeslr.runner_protocol import Runner, Study, Trial
 from bayeslr.runs import RunTable, make_table
-from bayeslr.space import Priced, candidates, line_of, random_design, start_design, targets_of
+from bayeslr.space import (
+    Priced,
+    candidates,
+    line_of,
+    random_design,
+    start_design,
+    targets_of,
+    weights_of,
+)
 from bayeslr.specs import Recipe, Target
 from bayeslr.units import format_quantity
 
@@ -97,6 +105,7 @@ class Planner:
             budget_flops=budget_flops,
             seed=recipe.seed + batch,
             only_paying=recipe.stop_rule,
+            weights=weights_of(recipe),
         )
         if not plan.proposals:
             return Stop(kind="rule", reason=plan.stop_reason)

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, int], seed: int,
-                     num_draws: int = 600) -> Posterior:  # fmt: skip
+                     num_draws: int = 2000) -> Posterior:  # fmt: skip
     """Draws of the normal with the mode and the curvature of the posterior; scales by their priors.
 
     sizes: least number of runs, slices, cells and shapes to pad to, so that fits of growing tables
