@@ -18,6 +18,7 @@ def plot(scores: pd.DataFrame, path: Path) -> None:
 
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, NullFormatter
 
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     panels = (
@@ -34,9 +35,19 @@ def plot(scores: pd.DataFrame, path: Path) -> None:
                 color=line.get_color(), lw=0,
             )  # fmt: skip
         axes.set(xscale="log", xlabel="share of the pool's compute, %", ylabel=label)
+        ticks = 100 * np.array(sorted(scores["budget_share"].unique()))
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.xaxis.set_minor_formatter(NullFormatter())
         if column != "cover_90":
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(FuncFormatter(_plain))
+            axes.yaxis.set_minor_formatter(FuncFormatter(_plain))
         else:
             axes.axhline(0.9, color="0.6", lw=0.8)
     figure.axes[0].legend(fontsize=7, frameon=False)
     figure.savefig(path, format=path.suffix.lstrip(".") or "svg")
+
+
+def _plain(value: float, position: int) -> str:
+    """1, 2 and 5 of each decade, as plain numbers."""
+    return f"{value:g}" if f"{value:.0e}"[0] in "125" else ""
