@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import subprocess
@@ -87,6 +88,11 @@ def test_show_loads_no_trainer() -> None:
     assert done.stderr.strip() == "[]"
 
 
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="a coordinate check trains networks"
+)
+
+
 def check(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     code = "from bayeslr.cli import main; main()"
     command = [sys.executable, "-c", code, "transfer", "check", "--base", BASE,
@@ -94,6 +100,7 @@ def check(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
 
 
+@needs_torch
 def test_check_fails_the_standard_parametrisation_and_draws_it(tmp_path: Path) -> None:
     done = check(tmp_path / "new", "--parametrization", "sp")
     assert done.returncode == 4, done.stderr
@@ -106,6 +113,7 @@ def test_check_fails_the_standard_parametrisation_and_draws_it(tmp_path: Path) -
     assert "</svg>" in (tmp_path / "new" / "coordinates.svg").read_text()
 
 
+@needs_torch
 def test_check_passes_mup_within_a_wide_bound(tmp_path: Path) -> None:
     """One seed at small widths: 0.3 is three times the bound that eight-fold widths are held to."""
     done = check(tmp_path, "--parametrization", "mup", "--bound", "0.3", "--json")

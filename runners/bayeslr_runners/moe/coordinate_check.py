@@ -197,7 +197,12 @@ def _by_size(changes: Sequence[Change], group: str, key: str) -> list[tuple[int,
 def _measure(
     spec: RunSpec, shapes: Sequence[Mapping[str, Any]], num_steps: int, num_seeds: int
 ) -> list[Change]:
-    import torch
+    try:
+        import torch
+    except ModuleNotFoundError as error:
+        raise SpecError(
+            "a coordinate check trains networks and needs PyTorch; pip install 'bayeslr[runners]'"
+        ) from error
 
     from bayeslr_runners.moe.coordinates import activation_changes
     from bayeslr_runners.moe.data import load_corpus
