@@ -22,6 +22,7 @@ from bayeslr.errors import UntrustworthyFit
 from bayeslr.posterior import Posterior
 from bayeslr.predict import TargetDraws, extra_tokens_share, target_draws
 from bayeslr.runner_protocol import find_runner
+from bayeslr.runs import horizon
 from bayeslr.space import candidates as candidates_of
 from bayeslr.space import targets_of, weights_of
 from bayeslr.specs import Recipe, RunSpec, Target
@@ -236,9 +237,7 @@ class _Beliefs:
 
 def _noise(posterior: Posterior, num_draws: int) -> tuple[FloatArray, FloatArray]:
     """Draws of the seed noise (nats) and of the misfit's share of the excess."""
-    kept = np.linspace(
-        0, posterior.draws.sizes["chain"] * posterior.draws.sizes["draw"] - 1, num_draws
-    ).astype(int)
+    kept = posterior.thinned(num_draws)
     noise = posterior.flat("noise_sd")
     return (noise[:, 0] if noise.ndim == 2 else noise)[kept], posterior.flat("noise_share")[kept]
 
@@ -345,11 +344,10 @@ def _seen(posterior: Posterior) -> set[tuple[float, ...]]:
         return set()
     frame = posterior.runs.frame
     frame = frame[frame["status"].isin(["ok", "diverged"])]
-    horizon = frame["planned_tokens"].where(frame["status"] == "diverged").fillna(frame["tokens"])
     return {
         (n_active, n_total, tokens, batch, float(f"{lr:.4g}"))
         for n_active, n_total, tokens, batch, lr in zip(
-            frame["n_active"], frame["n_total"], horizon, frame["batch_tokens"], frame["lr"],
+            frame["n_active"], frame["n_total"], horizon(frame), frame["batch_tokens"], frame["lr"],
             strict=True,
         )
     }  # fmt: skip

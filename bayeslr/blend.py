@@ -25,6 +25,7 @@ from bayeslr.predict import (
     predict,
     recommended_log_lr,
     regret_draws,
+    slice_target,
     target_draws,
 )
 from bayeslr.runs import RunTable
@@ -183,15 +184,7 @@ def _split(posterior: Posterior) -> tuple[dict[int, Target], RunTable | None]:
         return {}, None
     x = design.slice_features()
     held_out = {
-        int(s): Target(
-            target_id=f"slice {s}",
-            n_active=math.exp(x["log_n_active"][s]),
-            n_total=math.exp(x["log_n_active"][s] - x["log_sparsity"][s]) * (1 + 1e-12),
-            tokens=math.exp(x["log_tokens"][s]),
-            batch_tokens=math.exp(x["log_batch"][s]),
-            family=design.families[int(design.family_of_slice[s])],
-            param_convention=str(posterior.info["param_convention"] or "non_embedding"),
-        )
+        int(s): slice_target(posterior, int(s))
         for s in np.flatnonzero(x["log_n_active"] > math.log(limit))
         if design.annealed[design.cell_of_slice[s]]
     }

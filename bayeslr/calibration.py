@@ -28,9 +28,16 @@ from bayeslr.models import valley
 from bayeslr.models.simulate import PlannedSlice, Simulation, simulate
 from bayeslr.posterior import LOOP_GATE, make_posterior, mixed
 from bayeslr.predict import predict, target_draws
-from bayeslr.priors import OUTPUTS, SLOPES, Prior, load_prior
+from bayeslr.priors import SLOPES, Prior, load_prior
 from bayeslr.runs import make_table
-from bayeslr.sampling import compile_model, configure_jax, find_mode, sample, whitening
+from bayeslr.sampling import (
+    compiled_model,
+    configure_jax,
+    find_mode,
+    sample,
+    unpadded,
+    whitening,
+)
 from bayeslr.specs import Target
 
 if TYPE_CHECKING:
@@ -38,7 +45,6 @@ if TYPE_CHECKING:
 
     from bayeslr.posterior import Posterior
     from bayeslr.runs import RunTable
-    from bayeslr.sampling import CompiledModel
 
     FloatArray = NDArray[np.float64]
 
@@ -217,13 +223,11 @@ def calibrate(prior: str | Prior = "moe-default", *, num_tables: int = 20, num_r
         raise SpecError(f"num_tables must be at least 2, got {num_tables}; ranks need several")
     card = load_prior(prior) if isinstance(prior, str) else prior
     configure_jax()
-    compiled: dict[Any, CompiledModel] = {}
     tables = []
     for index in range(num_tables):
         num_families = 2 if num_tables >= 20 and index % 4 == 3 else 1
         result = one_table(
-            card, index, num_runs=num_runs, num_families=num_families, seed=seed, model=model,
-            compiled=compiled,
+            card, index, num_runs=num_runs, num_families=num_families, seed=seed, model=model
         )  # fmt: skip
         tables.append(result)
         if progress:
@@ -234,14 +238,14 @@ def calibrate(prior: str | Prior = "moe-default", *, num_tables: int = 20, num_r
     return Calibration(card.name, model, seed, tuple(tables))
 
 
-def one_table(card: Prior, index: int, *, num_runs: int, num_families: int, seed: int, model: str,
-              compiled: dict[Any, CompiledModel]) -> TableResult:  # fmt: skip
-    """Simulate and fit table ``index`` of a seed; ``compiled`` keeps what can be used again."""
+def one_table(card: Prior, index: int, *, num_runs: int, num_families: int, seed: int,
+              model: str) -> TableResult:  # fmt: skip
+    """Simulate and fit table ``index`` of a seed."""
     started = time.monotonic()
     rng = np.random.default_rng([seed, index])
     drawn, targets = _drawn(card, num_runs, num_families, rng)
     runs = _recorded(drawn.runs, model, rng)
-    posterior = _fit(runs, card, seed=seed + index, compiled=compiled)
+    posterior = _fit(runs, card, seed=seed + index)
     return _judge(drawn, posterior, targets, rng, time.monotonic() - started)
 
 
@@ -378,34 +382,23 @@ def _recorded(runs: RunTable, model: str, rng: np.random.Generator) -> RunTable:
     return make_table(frame, source=model)
 
 
-def _fit(runs: RunTable, card: Prior, *, seed: int,
-         compiled: dict[Any, CompiledModel]) -> Posterior:  # fmt: skip
+def _fit(runs: RunTable, card: Prior, *, seed: int) -> Posterior:
     """As a refit inside the loop, with sizes that all tables share."""
     design = build_design(runs)
     own = valley.sizes_of(design)
     fitting = [s for s in _SIZES if all(own[level] <= s[level] for level in s)]
     sizes = {**fitting[0], "family": own["family"]} if fitting else own
     arrays = valley.model_data(design, sizes)
-    key = (card.sha256, *(values.shape for values in arrays.values()))
-    if key not in compiled:
-        compiled[key] = compile_model(arrays, card, own["family"])
-    mode, hessian = find_mode(compiled[key], arrays, card)
-
-    def unpadded(draws: Mapping[str, FloatArray]) -> dict[str, FloatArray]:
-        return {
-            name: values[:, :, : own[OUTPUTS[name][0]]] if name in OUTPUTS else values
-            for name, values in draws.items()
-        }
-
-    padded, statistics = sample(
-        compiled[key], arrays, mode, whitening(compiled[key], hessian), seed=seed,
+    compiled = compiled_model(arrays, card, own["family"])
+    mode, hessian = find_mode(compiled, arrays, card)
+    draws, statistics = sample(
+        compiled, arrays, mode, whitening(compiled, hessian), seed=seed,
         num_warmup=_NUM_WARMUP, num_draws=_NUM_DRAWS, num_chains=_NUM_CHAINS,
         max_rounds=_MAX_ROUNDS,
-        enough=lambda draws: mixed(unpadded(draws), LOOP_GATE),
+        enough=lambda draws: mixed(unpadded(draws, own), LOOP_GATE),
     )  # fmt: skip
-    draws = unpadded(padded)
     return make_posterior(
-        draws, design, runs, card, method="bayes", seed=seed, statistics=statistics
+        unpadded(draws, own), design, runs, card, method="bayes", seed=seed, statistics=statistics
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
+from bayeslr.runs import horizon
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,10 +154,7 @@ def build_design(table: RunTable) -> Design:
         )
     last = _last_word(frame)
     frame, diverged = frame.loc[last].copy(), diverged[last]
-    # A diverged run belongs to the horizon that it was meant to reach, not to where it died.
-    planned = frame["planned_tokens"].to_numpy(dtype=float, na_value=np.nan)
-    tokens = frame["tokens"].to_numpy(dtype=float)
-    frame["tokens"] = np.where(diverged & np.isfinite(planned), planned, tokens)
+    frame["tokens"] = horizon(frame)
     frame["annealed"] = ~frame["status"].isin(["partial", "pruned"]).to_numpy()
     for column in ("parametrization", "d_model", "n_layers", "n_experts", "top_k"):
         frame[column] = frame[column].astype(object).where(frame[column].notna(), "")

@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayeslr.posterior import Posterior
-from bayeslr.predict import QUANTILE_COLUMNS, predict
-from bayeslr.runs import RunTable
-from bayeslr.specs import Target
+from bayeslr.predict import QUANTILE_COLUMNS, predict, slice_target
+from bayeslr.runs import RunTable, horizon
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,15 +87,7 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
             or not design.annealed[design.cell_of_slice[s]]
         ):  # fmt: skip
             continue
-        n_active = math.exp(features["log_n_active"][s])
-        targets.append(Target(
-            target_id=f"slice {s}", n_active=n_active,
-            n_total=n_active / math.exp(features["log_sparsity"][s]) * (1 + 1e-12),
-            tokens=math.exp(features["log_tokens"][s]),
-            batch_tokens=math.exp(features["log_batch"][s]),
-            family=family,
-            param_convention=str(posterior.info["param_convention"] or "non_embedding"),
-        ))  # fmt: skip
+        targets.append(slice_target(posterior, s))
         truth.append(float(np.median(own[:, s])))
     if not targets:
         return None
@@ -130,8 +121,7 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
 
 def _compute(frame: pd.DataFrame) -> Any:
     """FLOPs (row,) that each run was meant to take."""
-    horizon = frame["planned_tokens"].where(frame["status"] == "diverged").fillna(frame["tokens"])
-    return 6.0 * frame["n_active"].to_numpy(dtype=float) * horizon.to_numpy(dtype=float)
+    return 6.0 * frame["n_active"].to_numpy(dtype=float) * horizon(frame).to_numpy(dtype=float)
 
 
 def _limits(frame: pd.DataFrame) -> dict[str, float]:

@@ -112,8 +112,7 @@ def _told(posterior: Posterior, num_draws: int) -> _Told:
 
     design = posterior.design
     assert design is not None
-    total = posterior.draws.sizes["chain"] * posterior.draws.sizes["draw"]
-    draws = np.unique(np.linspace(0, total - 1, min(total, num_draws)).astype(np.int64))
+    draws = posterior.thinned(num_draws)
     told, ended = has_loss(design), has_end(design)
     parts: list[tuple[FloatArray, FloatArray, FloatArray]] = []
     surprises, expected = np.zeros(len(draws)), np.zeros(len(draws))

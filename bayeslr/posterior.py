@@ -89,6 +89,11 @@ class Posterior:
         """Whether the convergence gate was passed."""
         return bool(self.info.get("trustworthy", True))
 
+    def thinned(self, num_draws: int) -> NDArray[np.int64]:
+        """Indices of ``num_draws`` draws, or of all if there are fewer, evenly over all chains."""
+        total = self.draws.sizes["chain"] * self.draws.sizes["draw"]
+        return np.unique(np.linspace(0, total - 1, min(total, num_draws)).astype(np.int64))
+
     def flat(self, name: str) -> NDArray[np.float64]:
         """Draws of one variable with chains joined, shape (draw, ...)."""
         values = self.draws[name].to_numpy()

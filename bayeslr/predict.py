@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -125,6 +125,24 @@ def _features(targets: Sequence[Target]) -> dict[str, FloatArray]:
     }
 
 
+def slice_target(posterior: Posterior, s: int) -> Target:
+    """The run that slice ``s`` of the fit measured, as a target."""
+    design = posterior.design
+    assert design is not None
+    x = {name: float(values[s]) for name, values in design.slice_features().items()}
+    n_active = math.exp(x["log_n_active"])
+    return Target(
+        target_id=f"slice{s}",
+        n_active=n_active,
+        # Rounding must not leave a dense model with fewer parameters in all than active ones.
+        n_total=n_active / math.exp(x["log_sparsity"]) * (1 + 1e-12),
+        tokens=math.exp(x["log_tokens"]),
+        batch_tokens=math.exp(x["log_batch"]),
+        family=design.families[int(design.family_of_slice[s])],
+        param_convention=str(posterior.info["param_convention"] or "non_embedding"),
+    )
+
+
 def family_of(posterior: Posterior, target: Target) -> int | None:
     """Index of the target's family in the fit; None means population level.
 
@@ -150,9 +168,47 @@ def target_draws(posterior: Posterior, targets: Sequence[Target], *,
     return _valley_draws(posterior, targets, max_draws)
 
 
-def _thinned(posterior: Posterior, max_draws: int) -> NDArray[np.int64]:
-    total = posterior.draws.sizes["chain"] * posterior.draws.sizes["draw"]
-    return np.unique(np.linspace(0, total - 1, min(total, max_draws)).astype(np.int64))
+# Parameters of the population behind a family's level: start, stem of its exponents, scatter.
+_LEVELS = {
+    "lr_level": ("lr_intercept", "lr", "lr_family_sd"),
+    "best_batch_level": ("best_batch_intercept", "best_batch", "best_batch_family_sd"),
+    "log_curvature_level": ("curvature_intercept", "curvature", "curvature_family_sd"),
+    "log_skew": ("skew", "", "skew_family_sd"),
+    "log_edge_offset": ("edge_offset", "", "edge_family_sd"),
+}
+
+
+def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
+               away: Mapping[str, float], normal: Callable[[Any], FloatArray],
+               ) -> FloatArray:  # fmt: skip
+    """Draws (draw,) of a family-level parameter of a family that was not seen.
+
+    draws: of the population's parameters, or of a card's. away: of the centre at which levels are
+    stated from the card's reference, natural logs. normal: standard normal draws (draw,) by key.
+    """
+    if name in _LEVELS:
+        start, stem, sd = _LEVELS[name]
+        level = np.log(draws[start]) if name.startswith("log_") else draws[start]
+        if stem:
+            level = level + draws[f"{stem}_n_active"] * away["log_n_active"]
+            level = level + draws[f"{stem}_tokens"] * away["log_tokens"]
+        if stem == "lr":
+            level = level + draws["lr_sparsity"] * away["log_sparsity"]
+        return np.asarray(level + draws[sd] * normal((name, "family")))
+    if name in PER_FAMILY:
+        return np.asarray(
+            prior[name].location * np.exp(prior[name].scale * normal((name, "family")))
+        )
+    if name == "loss_level":
+        entry = prior["loss_irreducible"]
+        irreducible = entry.location * np.exp(entry.scale * normal((name, "family")))
+        by_size, by_tokens = (
+            new_family(part, draws, prior, away, normal)
+            for part in ("loss_n_active", "loss_tokens")
+        )
+        return np.asarray(irreducible + by_size + by_tokens)
+    assert name in SLOPES
+    return np.asarray(draws[name] + draws["lr_slope_family_sd"] * normal((name, "family")))
 
 
 class _Effects:
@@ -194,7 +250,7 @@ def _measured(posterior: Posterior) -> dict[Any, int]:
 
 
 def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: int) -> TargetDraws:
-    kept = _thinned(posterior, max_draws)
+    kept = posterior.thinned(max_draws)
     num_draws, num_targets = len(kept), len(targets)
     draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
     prior, centre = posterior.prior, posterior.info["centre"]
@@ -205,44 +261,12 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     measured, design = _measured(posterior), posterior.design
     away = {k: centre[k] - reference[k] for k in reference}
 
-    def population(name: str) -> FloatArray:
-        """Family-level parameter of a family that was not seen."""
-        normal = effects.normal((name, "family"))
-        slopes = {
-            "lr_level": ("lr_intercept", "lr", "lr_family_sd", "lr_sparsity"),
-            "best_batch_level": ("best_batch_intercept", "best_batch", "best_batch_family_sd", ""),
-            "log_curvature_level": ("curvature_intercept", "curvature", "curvature_family_sd", ""),
-        }
-        if name in slopes:
-            intercept, stem, sd, sparsity = slopes[name]
-            level = draws[intercept] if name != "log_curvature_level" else np.log(draws[intercept])
-            level = level + draws[f"{stem}_n_active"] * away["log_n_active"]
-            level = level + draws[f"{stem}_tokens"] * away["log_tokens"]
-            if sparsity:
-                level = level + draws[sparsity] * away["log_sparsity"]
-            return np.asarray(level + draws[sd] * normal)
-        if name == "log_skew":
-            return np.asarray(np.log(draws["skew"]) + draws["skew_family_sd"] * normal)
-        if name == "log_edge_offset":
-            return np.asarray(np.log(draws["edge_offset"]) + draws["edge_family_sd"] * normal)
-        if name in PER_FAMILY:
-            entry = prior[name]
-            return np.asarray(entry.location * np.exp(entry.scale * normal))
-        if name == "loss_level":
-            entry = prior["loss_irreducible"]
-            return np.asarray(
-                entry.location * np.exp(entry.scale * normal)
-                + population("loss_n_active") + population("loss_tokens")
-            )  # fmt: skip
-        assert name in SLOPES
-        return np.asarray(draws[name] + draws["lr_slope_family_sd"] * normal)
-
     cache: dict[tuple[str, int | None], FloatArray] = {}
 
     def of_family(name: str, g: int | None) -> FloatArray:
         if (name, g) not in cache:
             if g is None:
-                cache[name, g] = population(name)
+                cache[name, g] = new_family(name, draws, prior, away, effects.normal)
             elif name in SLOPES:
                 cache[name, g] = draws["family_slope"][:, g, SLOPES.index(name)]
             else:
@@ -342,7 +366,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
 
 def _two_stage_draws(posterior: Posterior, targets: Sequence[Target],
                      max_draws: int) -> TargetDraws:  # fmt: skip
-    kept = _thinned(posterior, max_draws)
+    kept = posterior.thinned(max_draws)
     x, centre = _features(targets), posterior.info["centre"]
     away = np.stack([x[k] - centre[k] for k in REGRESSORS])
     rng = np.random.default_rng([int(posterior.info["seed"]), 20_260_105])

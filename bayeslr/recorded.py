@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from bayeslr.errors import DataError, SpecError
-from bayeslr.runs import RunTable
+from bayeslr.runs import RunTable, horizon
 from bayeslr.specs import RunSpec, Target
 from bayeslr.units import format_quantity, train_flops
 
@@ -81,8 +81,7 @@ def make_pool(table: RunTable) -> Pool:
         raise DataError(f"{table.source}: a replay needs batch_tokens of every run")
     if frame.empty:
         raise DataError(f"{table.source}: no finished or diverged run to replay; see bayeslr check")
-    planned = frame["planned_tokens"].where(frame["status"] == "diverged")
-    frame["tokens"] = planned.fillna(frame["tokens"])
+    frame["tokens"] = horizon(frame)
     flops = np.array([
         train_flops(n, t) for n, t in zip(frame["n_active"], frame["tokens"], strict=True)
     ])  # fmt: skip

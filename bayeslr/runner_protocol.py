@@ -63,6 +63,19 @@ class TransferRunner(Runner, Protocol):
         ...
 
 
+@runtime_checkable
+class StackRunner(Runner, Protocol):
+    """A runner whose child can train several runs as one program."""
+
+    def stack_key(self, spec: RunSpec) -> str:
+        """Equal for runs that can be trained together."""
+        ...
+
+    def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
+        """Command line of the child that trains the runs of these folders."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One run as the study knows it.
@@ -93,6 +106,14 @@ class Trial:
     def status_reason(self) -> str:
         """Why the run ended as it did, in the words of its last record."""
         return str((self.records[-1].get("status_reason") or "") if self.records else "")
+
+    @property
+    def final_loss(self) -> float | None:
+        """Loss at the end of the run, in nats per token; None if it did not end well."""
+        final = [r for r in self.records if r.get("status") == "ok" and r.get("loss") is not None]
+        if self.state != "ok" or not final:
+            return None
+        return float(max(final, key=lambda r: r["tokens"])["loss"])
 
 
 class Study(Protocol):

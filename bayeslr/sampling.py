@@ -103,6 +103,15 @@ class CompiledModel:
     value_and_grad: Callable[[Any, Sequence[Any]], Any]
     sampler: dict[tuple[int, ...], Any]
 
+    def draws(self, x: FloatArray, data: Sequence[Any]) -> dict[str, FloatArray]:
+        """Reported variables by name, each (chain, draw, ...), at x (chain, draw, parameter)."""
+        found = self.outputs(x.reshape(-1, self.size), data)
+        return {
+            name: np.asarray(values).reshape(x.shape[:2] + values.shape[1:])
+            for name, values in found.items()
+            if not name.endswith("_raw")
+        }
+
     @property
     def size(self) -> int:
         """Number of unconstrained parameters."""
@@ -406,14 +415,7 @@ def sample(compiled: CompiledModel, arrays: valley.Arrays, mode: FloatArray, roo
         extra = sampler.get_extra_fields(group_by_chain=True)
         extras.append({name: np.asarray(extra[name]) for name in fields})
         z = np.concatenate(rounds, axis=1)
-        found = compiled.outputs(
-            jnp.asarray((mode + rounds[-1] @ root.T).reshape(-1, compiled.size)), data
-        )
-        new = {
-            name: np.asarray(values).reshape(rounds[-1].shape[:2] + values.shape[1:])
-            for name, values in found.items()
-            if not name.endswith("_raw")
-        }
+        new = compiled.draws(mode + rounds[-1] @ root.T, data)
         draws = (
             {name: np.concatenate([draws[name], new[name]], axis=1) for name in new}
             if len(rounds) > 1 else new

@@ -16,6 +16,7 @@ import numpy as np
 
 from bayeslr.pointwise import log_likelihood
 from bayeslr.posterior import smoothed_weights
+from bayeslr.predict import new_family
 from bayeslr.priors import OUTPUTS, SLOPES
 
 if TYPE_CHECKING:
@@ -112,9 +113,7 @@ def influence(posterior: Posterior) -> list[Influence]:
     """
     if posterior.design is None or posterior.info["method"] != "bayes":
         return []
-    total = posterior.draws.sizes["chain"] * posterior.draws.sizes["draw"]
-    wanted = int(np.clip(_MAX_CELLS // posterior.design.num_runs, 200, _MAX_DRAWS))
-    kept = np.unique(np.linspace(0, total - 1, min(total, wanted)).astype(np.int64))
+    kept = posterior.thinned(int(np.clip(_MAX_CELLS // posterior.design.num_runs, 200, _MAX_DRAWS)))
     runs = log_likelihood(posterior, kept)
     before = prior_draws(posterior.prior, posterior.info["centre"])
     families = posterior.info["families"]
@@ -203,26 +202,10 @@ def prior_draws(prior: Prior, centre: Mapping[str, float], num_draws: int = _NUM
     p = {name: entry.draw(rng, num_draws) for name, entry in prior.parameters.items()}
     away = {name: centre[name] - at for name, at in prior.log_reference.items()}
 
-    def level(start: FloatArray, stem: str, sd: str) -> FloatArray:
-        carried = start + p[f"{stem}_n_active"] * away["log_n_active"]
-        carried = carried + p[f"{stem}_tokens"] * away["log_tokens"]
-        if stem == "lr":
-            carried = carried + p["lr_sparsity"] * away["log_sparsity"]
-        return np.asarray(carried + p[sd] * rng.normal(size=num_draws))
+    def normal(_: Any) -> FloatArray:
+        return rng.normal(size=num_draws)
 
-    def spread(start: FloatArray, sd: str) -> FloatArray:
-        return np.asarray(start + p[sd] * rng.normal(size=num_draws))
-
-    found = {
-        "lr_level": level(p["lr_intercept"], "lr", "lr_family_sd"),
-        "best_batch_level": level(p["best_batch_intercept"], "best_batch", "best_batch_family_sd"),
-        "log_curvature_level": level(
-            np.log(p["curvature_intercept"]), "curvature", "curvature_family_sd"
-        ),
-        "log_skew": spread(np.log(p["skew"]), "skew_family_sd"),
-        "log_edge_offset": spread(np.log(p["edge_offset"]), "edge_family_sd"),
-        **{name: spread(p[name], "lr_slope_family_sd") for name in SLOPES},
-    }
+    found = {name: new_family(name, p, prior, away, normal) for name in (*_ENTRY, *SLOPES)}
     return {name: found[name] if name in found else p[name] for name in QUANTITIES}
 
 

@@ -32,7 +32,8 @@ def _positive(owner: object, *names: str) -> None:
             raise SpecError(f"{name} must be finite and > 0, got {value!r}")
 
 
-def _check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+def check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
+    """Refuse keys that a table does not take. Raises: SpecError with those it takes."""
     unknown = sorted(set(given) - set(allowed))
     if unknown:
         raise SpecError(
@@ -169,7 +170,7 @@ class RunSpec:
     def from_json(cls, text: str) -> Self:
         """Inverse of `to_json`. Raises: SpecError on an unknown key or a broken rule."""
         raw = json.loads(text)
-        _check_keys(raw, _field_names(cls), "run spec")
+        check_keys(raw, _field_names(cls), "run spec")
         return cls(**{**raw, "decay_at": tuple(raw.get("decay_at", ()))})
 
 
@@ -255,7 +256,7 @@ class Recipe:
             f"recipe {self.name}: strategy must be one of {', '.join(STRATEGIES)}, "
             f"got {self.strategy!r}",
         )
-        _check_keys(
+        check_keys(
             self.run,
             [n for n in _field_names(RunSpec) if n not in _SET_BY_SWEEP],
             f"recipe {self.name}, [run]",
@@ -275,14 +276,14 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     and ``[[space.shapes]]``, ``[[targets]]``, ``[run]``, ``[options]``.
     Raises: SpecError on an unknown key, a missing one, or a value that breaks a rule.
     """
-    _check_keys(raw, ["sweep", "space", "targets", "run", "options"], where)
+    check_keys(raw, ["sweep", "space", "targets", "run", "options"], where)
     for table in ("sweep", "space", "targets"):
         _require(table in raw, f"{where}: [{table}] is missing")
     sweep, space = dict(raw["sweep"]), dict(raw["space"])
     outside = ("space", "targets", "run", "options")
-    _check_keys(sweep, [n for n in _field_names(Recipe) if n not in outside], f"{where}, [sweep]")
-    _check_keys(space, _field_names(Space), f"{where}, [space]")
-    _check_keys(space.get("lr", {}), _field_names(LrGrid), f"{where}, [space.lr]")
+    check_keys(sweep, [n for n in _field_names(Recipe) if n not in outside], f"{where}, [sweep]")
+    check_keys(space, _field_names(Space), f"{where}, [space]")
+    check_keys(space.get("lr", {}), _field_names(LrGrid), f"{where}, [space.lr]")
     try:
         if "budget_flops" in sweep:
             sweep["budget_flops"] = parse_quantity(sweep["budget_flops"], name="budget_flops")

@@ -83,16 +83,9 @@ def toy_comparison(**changes: Any) -> dict[str, Any]:
         "run": {"seq_len": 64},
         "options": {"argv": ARGV, "noise": 1e-3, "mup_gap": 0.0},
     }  # fmt: skip
-    for path, value in changes.items():
-        *tables, name = path.split("__")
-        table = document
-        for key in tables:
-            table = table[key]
-        if value is None:
-            del table[name]
-        else:
-            table[name] = value
-    return document
+    from tests import fakes
+
+    return fakes.changed(document, changes)
 
 
 @dataclass(frozen=True)

@@ -6,12 +6,13 @@ real loop in a process of its own, with only the inference replaced.
 
 from __future__ import annotations
 
+import copy
 import importlib.machinery
 import json
 import math
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,21 @@ def modules() -> dict[str, types.ModuleType]:
 TOY_ARGV = ["{python}", "-m", "bayeslr_runners.toy", "{spec}", "{records}", "{dir}"]
 
 
+def changed(document: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with ``table__key`` values changed; a value of None takes the key away."""
+    document = copy.deepcopy(document)
+    for path, value in changes.items():
+        *tables, name = path.split("__")
+        table = document
+        for key in tables:
+            table = table[key]
+        if value is None:
+            del table[name]
+        else:
+            table[name] = value
+    return document
+
+
 def toy_recipe(**changes: Any) -> dict[str, Any]:
     """Recipe document of a small sweep of the toy trainer; ``sweep__seed=3`` changes one value."""
     document: dict[str, Any] = {
@@ -156,13 +172,7 @@ def toy_recipe(**changes: Any) -> dict[str, Any]:
         "run": {"seq_len": 64},
         "options": {"argv": TOY_ARGV, "seconds": 0.0},
     }
-    for path, value in changes.items():
-        *tables, name = path.split("__")
-        table = document
-        for key in tables:
-            table = table[key]
-        table[name] = value
-    return document
+    return changed(document, changes)
 
 
 def write_recipe(path: Path, document: dict[str, Any]) -> Path:

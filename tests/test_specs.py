@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -18,6 +17,7 @@ from bayeslr.specs import (
     parse_recipe,
     recipe_document,
 )
+from tests.fakes import changed
 
 TARGET: dict[str, Any] = {
     "target_id": "big",
@@ -55,17 +55,7 @@ RECIPE: dict[str, Any] = {
 
 def recipe(**changes: Any) -> dict[str, Any]:
     """RECIPE with ``table__key=value`` changes; a value of None takes the key away."""
-    raw = copy.deepcopy(RECIPE)
-    for path, value in changes.items():
-        *tables, key = path.split("__")
-        place = raw
-        for table in tables:
-            place = place[table]
-        if value is None:
-            del place[key]
-        else:
-            place[key] = value
-    return raw
+    return changed(RECIPE, changes)
 
 
 def test_target_counts_its_flops() -> None:

@@ -32,7 +32,8 @@ from bayeslr.compare.recipe import CompareRecipe, load_compare_recipe, with_seed
 from bayeslr.compare.scores import Difference, Outcome, Scoreboard
 from bayeslr.compare.verdict import Verdict, baseline, verdict
 from bayeslr.errors import SpecError
-from bayeslr.loop import check_recipe, disk_errors
+from bayeslr.loop import changes, check_recipe, disk_errors
+from bayeslr.loop.planning import rows_of
 from bayeslr.loop.worker import Progress, silent
 from bayeslr.runner_protocol import Runner, Trial, find_runner
 from bayeslr.runs import make_table, write_atomically
@@ -193,7 +194,7 @@ def _take_up(recipe: CompareRecipe, out: Path) -> None:
     path = out / "resolved.json"
     if path.exists():
         before = json.loads(path.read_text(encoding="utf-8"))["recipe"]
-        changed = _changes(before, json.loads(json.dumps(recipe.document)))
+        changed = changes(before, json.loads(json.dumps(recipe.document)))
         fixed = [c for c in changed if c not in [f"compare.{name}" for name in MUTABLE]]
         if fixed:
             raise SpecError(
@@ -202,14 +203,6 @@ def _take_up(recipe: CompareRecipe, out: Path) -> None:
             )
     text = json.dumps({"recipe": recipe.document}, indent=2, allow_nan=False)
     write_atomically(path, (text + "\n").encode())
-
-
-def _changes(before: Any, after: Any, path: str = "") -> list[str]:
-    if isinstance(before, dict) and isinstance(after, dict):
-        names = sorted({*before, *after})
-        parts = [_changes(before.get(n), after.get(n), f"{path}.{n}".strip(".")) for n in names]
-        return [change for part in parts for change in part]
-    return [] if before == after else [path]
 
 
 def _judged(
@@ -227,8 +220,6 @@ def _judged(
         for arm in arms
         if (against := baseline(arm.name)) is not None
     }
-    rows = [dict(row) for trial in trials if trial.finished for row in trial.records]
-    rows.sort(key=lambda r: (r["run_id"], r["tokens"], r["status"]))
     return Comparison(
         recipe=recipe,
         out=out,
@@ -239,7 +230,7 @@ def _judged(
         noise=board.noise(),
         verdict=verdict(arms, outcomes, differences),
         details=details,
-        runs=make_table(rows, source=f"comparison {recipe.name}"),
+        runs=make_table(rows_of(trials), source=f"comparison {recipe.name}"),
     )
 
 

@@ -26,7 +26,6 @@ from bayeslr.compare.proxies import (
     SeedsPlan,
     base_result,
     best_multipliers,
-    final_loss,
     multipliers_of,
 )
 from bayeslr.compare.recipe import CompareRecipe
@@ -226,7 +225,7 @@ def _transfer_arms(
         details["modules"] = {
             "multipliers": multipliers,
             "tried": [
-                {"multipliers": multipliers_of(t), "loss": final_loss(t), "state": t.state}
+                {"multipliers": multipliers_of(t), "loss": t.final_loss, "state": t.state}
                 for t in proxies.modules
             ],
         }

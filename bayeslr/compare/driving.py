@@ -7,8 +7,8 @@ from pathlib import Path
 
 from bayeslr.compare.stacking import train_stacks
 from bayeslr.errors import DataError
-from bayeslr.loop.planning import again, failures_of
-from bayeslr.loop.worker import Due, Plan, Progress, Stop, Worker, due_entry, due_runs
+from bayeslr.loop.planning import ask_again, failures_of
+from bayeslr.loop.worker import Due, Plan, Progress, Stop, Worker
 from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point
 from bayeslr.specs import Recipe
 
@@ -34,7 +34,7 @@ def train(
         study.set_recipe(recipe)
         study.set_note("stop", None)  # the plan is asked again: more seeds may be wanted by now
         if retry:
-            _ask_again(study)
+            ask_again(study)
         stop = Worker(
             study, runner, folder / "runs", slots=recipe.workers, plan=guarded, progress=progress
         ).run()
@@ -54,16 +54,3 @@ def all_of(runs: Sequence[Due]) -> Plan:
         return missing or Stop(kind="done", reason="every run has been made")
 
     return plan
-
-
-def _ask_again(study: Study) -> None:
-    """Put the runs that failed or were lost into a batch of their own."""
-    trials = study.trials()
-    due = again(trials)
-    if not due:
-        return
-    number = 0
-    while study.note(f"batch:{number}") is not None:
-        number += 1
-    due += due_runs(study, trials, number - 1)
-    study.set_note(f"batch:{number}", {"runs": [due_entry(run) for run in due]})

@@ -17,9 +17,9 @@ from bayeslr.report.figures import (
     PAPER,
     POSTERIOR,
     WARN,
-    _drawing,
-    _log_axis,
-    _to_svg,
+    drawing,
+    log_axis,
+    to_svg,
 )
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def held_out(
     choices = [(arm, c) for arm in arms for c in arm.choices if c.target_id == target_id]
     ends = [c.lr for c in cells] + [lr for _, c in choices for lr in (c.lr_q05, c.lr_q95)]
     low, high = min(ends) / 1.2, max(ends) * 1.2
-    with _drawing(430, 285 + 24 * len(choices)) as figure:
+    with drawing(430, 285 + 24 * len(choices)) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[1.0, 0.1 * len(choices)])
         upper.set_xscale("log")
         shift = seed_shifts(cells)
@@ -101,9 +101,9 @@ def held_out(
         lower.spines["left"].set_visible(False)
         lower.grid(axis="x", color=GRID)
         lower.set_xlim(low, high)
-        _log_axis(lower.xaxis, low, high, 7)
+        log_axis(lower.xaxis, low, high, 7)
         lower.set_xlabel("peak LR")
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)
 
 
 def _mean(cell: Cell) -> float:

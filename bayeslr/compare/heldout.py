@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from bayeslr.compare.arms import FITTING, MODULES, TRANSFER, Arm
-from bayeslr.compare.proxies import due_run, final_loss
+from bayeslr.compare.proxies import due_run
 from bayeslr.compare.recipe import CompareRecipe
 from bayeslr.loop.worker import Due
 from bayeslr.runner_protocol import Runner, Trial
@@ -124,7 +124,7 @@ def cells_of(runs: Sequence[tuple[Place, Due]], trials: Sequence[Trial]) -> list
             lr=place.lr,
             chosen_by=place.chosen_by,
             around=place.around,
-            losses=tuple(None if t is None else final_loss(t) for t in ended),
+            losses=tuple(None if t is None else t.final_loss for t in ended),
             states=tuple("missing" if t is None else t.state for t in ended),
             diagnostics=tuple({} if t is None else _diagnostics(t) for t in ended),
         )

@@ -5,11 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jinja2
 
 from bayeslr import __version__
 from bayeslr.compare import figure
@@ -17,7 +14,8 @@ from bayeslr.compare.arms import BLEND, TOLD, Arm, Choice
 from bayeslr.compare.scores import Estimate
 from bayeslr.compare.stability import FEATURES, stability_rows
 from bayeslr.compare.verdict import PARADIGM
-from bayeslr.report.text import scale_text, unbroken_numbers
+from bayeslr.report.rendering import render_page
+from bayeslr.report.text import interval_text, scale_text
 from bayeslr.runs import write_atomically
 from bayeslr.specs import Target
 from bayeslr.units import format_lr, format_quantity
@@ -33,11 +31,7 @@ def write_report(result: Comparison, targets: Sequence[Target], path: Path) -> N
 
 def render(result: Comparison, targets: Sequence[Target]) -> str:
     """The report's HTML, in the style of the planner's report."""
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["numbers"] = unbroken_numbers
-    text = (files("bayeslr.compare") / "page.html.j2").read_text(encoding="utf-8")
-    css = (files("bayeslr.report") / "style.css").read_text(encoding="utf-8")
-    return environment.from_string(text).render(css=css, page=_page(result, targets))
+    return render_page("bayeslr.compare", _page(result, targets))
 
 
 def _page(result: Comparison, targets: Sequence[Target]) -> dict[str, Any]:
@@ -140,7 +134,7 @@ def _choice(arm: Arm, target_id: str) -> Choice:
 
 
 def _choice_text(choice: Choice) -> str:
-    return f"{format_lr(choice.lr_q05)} – {format_lr(choice.lr_q95)}"
+    return interval_text(choice.lr_q05, choice.lr_q95)
 
 
 def _cell(estimate: Estimate | None, *, sign: bool = False) -> dict[str, str]:

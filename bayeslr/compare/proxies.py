@@ -98,7 +98,7 @@ def base_result(recipe: CompareRecipe, trials: Sequence[Trial]) -> BaseResult:
     Raises: DataError if no run on the base shape ended.
     """
     grid = _first_seed(recipe, trials)
-    ended = {t.spec.lr: loss for t in grid if (loss := final_loss(t)) is not None}
+    ended = {t.spec.lr: loss for t in grid if (loss := t.final_loss) is not None}
     if not ended:
         raise DataError(
             f"comparison {recipe.name}: no run on the base shape came to anything; see the logs of "
@@ -109,14 +109,6 @@ def base_result(recipe: CompareRecipe, trials: Sequence[Trial]) -> BaseResult:
     at_edge = lowest in (min(ended), max(t.spec.lr for t in grid))
     lr = float(math.exp(vertex[0])) if math.isfinite(vertex[0]) else lowest
     return BaseResult(lr=lr, flops=math.fsum(t.flops for t in grid), at_edge=at_edge)
-
-
-def final_loss(trial: Trial) -> float | None:
-    """Loss at the end of a run, in nats per token; None if it did not end well."""
-    final = [r for r in trial.records if r.get("status") == "ok" and r.get("loss") is not None]
-    if trial.state != "ok" or not final:
-        return None
-    return float(max(final, key=lambda r: r["tokens"])["loss"])
 
 
 @final
@@ -137,7 +129,7 @@ class SeedsPlan:
             return grid_runs(recipe, self._runner)
         left = recipe.proxy_flops - math.fsum(t.flops for t in trials)
         best = base_result(recipe, trials).lr
-        grid = {t.spec.lr for t in _first_seed(recipe, trials) if final_loss(t) is not None}
+        grid = {t.spec.lr for t in _first_seed(recipe, trials) if t.final_loss is not None}
         near = [lr for lr in grid if abs(math.log2(lr / best)) <= NEAR_OCTAVES]
         seed = recipe.seed + batch
         runs = [
@@ -191,7 +183,7 @@ class ModulesPlan:
 
 def best_multipliers(trials: Sequence[Trial]) -> dict[str, float]:
     """Multipliers of the run with the lowest loss, without those that are 1."""
-    measured = [(loss, i) for i, t in enumerate(trials) if (loss := final_loss(t)) is not None]
+    measured = [(loss, i) for i, t in enumerate(trials) if (loss := t.final_loss) is not None]
     return multipliers_of(trials[min(measured)[1]]) if measured else {}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from bayeslr.errors import SpecError
 from bayeslr.loop import find_recipe, resolve_paths
-from bayeslr.specs import LrGrid, Recipe, Space, parse_recipe
+from bayeslr.specs import LrGrid, Recipe, Space, check_keys, parse_recipe
 from bayeslr.units import parse_count, parse_quantity
 
 TABLES = ("compare", "fitting", "transfer", "targets", "run", "options")
@@ -130,15 +130,15 @@ def parse_compare_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Compa
     ``[options]``, which hold for every run. Raises: SpecError on an unknown key, a missing one, or
     a value that breaks a rule.
     """
-    _check_keys(raw, TABLES, where)
+    check_keys(raw, TABLES, where)
     for table in ("compare", "fitting", "transfer", "targets"):
         if table not in raw:
             raise SpecError(f"{where}: [{table}] is missing")
     raw = {**raw, "targets": [_named(t, i) for i, t in enumerate(raw["targets"], 1)]}
     head, fitting, transfer = (dict(raw[name]) for name in ("compare", "fitting", "transfer"))
-    _check_keys(head, _COMPARE_KEYS, f"{where}, [compare]")
-    _check_keys(fitting, _FITTING_KEYS, f"{where}, [fitting]")
-    _check_keys(transfer, _TRANSFER_KEYS, f"{where}, [transfer]")
+    check_keys(head, _COMPARE_KEYS, f"{where}, [compare]")
+    check_keys(fitting, _FITTING_KEYS, f"{where}, [fitting]")
+    check_keys(transfer, _TRANSFER_KEYS, f"{where}, [transfer]")
     try:
         proxy_flops = parse_quantity(head["proxy_flops"], name="proxy_flops")
         common = {
@@ -224,7 +224,7 @@ def _named(target: Mapping[str, Any], number: int) -> dict[str, Any]:
 
 
 def _modules(table: Mapping[str, Any], where: str) -> Modules:
-    _check_keys(table, _MODULE_KEYS, f"{where}, [transfer.modules]")
+    check_keys(table, _MODULE_KEYS, f"{where}, [transfer.modules]")
     given = dict(table)
     given["groups"] = tuple(given["groups"])
     if "factors" in given:
@@ -241,11 +241,3 @@ def with_seed(recipe: CompareRecipe, seed: int) -> CompareRecipe:
         transfer=dataclasses.replace(recipe.transfer, seed=seed),
         document=document,
     )
-
-
-def _check_keys(given: Mapping[str, Any], allowed: tuple[str, ...], where: str) -> None:
-    unknown = sorted(set(given) - set(allowed))
-    if unknown:
-        raise SpecError(
-            f"{where}: unknown key {unknown[0]!r}; allowed keys are {', '.join(sorted(allowed))}"
-        )

@@ -11,29 +11,15 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol, runtime_checkable
 
 from bayeslr.loop.children import Child, complete
 from bayeslr.loop.worker import POLL_SECONDS, Due, Progress
-from bayeslr.runner_protocol import SPEC_FILE, Runner
+from bayeslr.runner_protocol import SPEC_FILE, Runner, StackRunner
 from bayeslr.runs import write_atomically
 from bayeslr.specs import RunSpec
 
 MAX_STACK = 8
 """Members of a stack: beyond eight, memory grows and the time a run takes hardly falls."""
-
-
-@runtime_checkable
-class StackRunner(Runner, Protocol):
-    """A runner whose child can train several runs as one program."""
-
-    def stack_key(self, spec: RunSpec) -> str:
-        """Equal for runs that can be trained together."""
-        ...
-
-    def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
-        """Command line of the child that trains the runs of these folders."""
-        ...
 
 
 def train_stacks(

@@ -31,10 +31,10 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr.errors import DataError, SpecError, StorageError, UntrustworthyFit
 from bayeslr.loop.early import EarlyEnds, early_ends
-from bayeslr.loop.planning import Planner, again, table_of
+from bayeslr.loop.planning import Planner, ask_again, table_of
 from bayeslr.loop.status import status_of
 from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
-from bayeslr.loop.worker import Due, Progress, Stop, Worker, due_entry, due_runs, silent
+from bayeslr.loop.worker import Due, Progress, Stop, Worker, silent
 from bayeslr.runner_protocol import (
     Runner,
     Study,
@@ -283,7 +283,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
 def _take_up(study: Study, recipe: Recipe, retry: bool) -> None:
     """Reconcile the recipe with the study's, and lift a stop that no longer holds."""
     stored, given = recipe_document(study.recipe()), recipe_document(recipe)
-    changed = _changes(stored, given)
+    changed = changes(stored, given)
     fixed = [c for c in changed if c.removeprefix("sweep.") not in MUTABLE]
     if fixed:
         raise SpecError(
@@ -293,20 +293,15 @@ def _take_up(study: Study, recipe: Recipe, retry: bool) -> None:
     if changed:
         study.set_recipe(recipe)
         study.set_note("stop", None)
-    trials = study.trials()
-    if retry and (due := again(trials)):
-        number = 0
-        while study.note(f"batch:{number}") is not None:
-            number += 1
-        due += due_runs(study, trials, number - 1)
-        study.set_note(f"batch:{number}", {"runs": [due_entry(run) for run in due]})
+    if retry and ask_again(study):
         study.set_note("stop", None)
 
 
-def _changes(before: Any, after: Any, path: str = "") -> list[str]:
+def changes(before: Any, after: Any, path: str = "") -> list[str]:
+    """Dotted names of what differs between two recipe documents."""
     if isinstance(before, Mapping) and isinstance(after, Mapping):
         names = sorted({*before, *after})
-        parts = [_changes(before.get(n), after.get(n), f"{path}.{n}".strip(".")) for n in names]
+        parts = [changes(before.get(n), after.get(n), f"{path}.{n}".strip(".")) for n in names]
         return [change for part in parts for change in part]
     return [] if _json(before) == _json(after) else [path]
 

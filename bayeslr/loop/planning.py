@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
 from bayeslr.errors import BayeslrError, DataError, UntrustworthyFit
-from bayeslr.loop.worker import Due, Progress, Stop
+from bayeslr.loop.worker import Due, Progress, Stop, due_entry, due_runs
 from bayeslr.runner_protocol import Runner, Study, Trial
 from bayeslr.runs import RunTable, make_table
 from bayeslr.space import (
@@ -132,12 +132,17 @@ def _steering_fit(
     raise UntrustworthyFit(str(posterior.info["verdict"]))
 
 
+def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
+    """Records of the ended trials, in an order that does not depend on when they ended."""
+    rows = [dict(row) for t in trials if t.finished for row in t.records]
+    return sorted(rows, key=lambda r: (r["run_id"], r["tokens"], r["status"]))
+
+
 def table_of(trials: Sequence[Trial], recipe: Recipe) -> RunTable:
-    """Run table of the ended trials, in an order that does not depend on when they ended."""
-    rows = [row for t in trials if t.finished for row in t.records]
+    """Run table of the ended trials, in the order of `rows_of`. Raises: DataError without any."""
+    rows = rows_of(trials)
     if not rows:
         raise DataError(f"sweep {recipe.name}: no run has ended yet")
-    rows.sort(key=lambda r: (r["run_id"], r["tokens"], r["status"]))
     return make_table(rows, source=f"sweep {recipe.name}")
 
 
@@ -163,6 +168,20 @@ def again(trials: Sequence[Trial]) -> list[Due]:
         for t in last.values()
         if t.state in FAILED_STATES
     ]
+
+
+def ask_again(study: Study) -> bool:
+    """Put the runs that failed or were lost into a batch of their own; whether there were any."""
+    trials = study.trials()
+    due = again(trials)
+    if not due:
+        return False
+    number = 0
+    while study.note(f"batch:{number}") is not None:
+        number += 1
+    due += due_runs(study, trials, number - 1)
+    study.set_note(f"batch:{number}", {"runs": [due_entry(run) for run in due]})
+    return True
 
 
 def failures_of(trials: Sequence[Trial]) -> Stop | None:

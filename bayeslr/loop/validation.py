@@ -111,7 +111,7 @@ def validation_runs(recipe: Recipe, runner: Runner, target: Target, lr: float) -
 def validate(trials: Sequence[Trial], prediction: Mapping[str, Any]) -> Validation:
     """Verdict on a prediction (a row of the predictions table) from the ended runs."""
     trials = sorted((t for t in trials if not t.void), key=lambda t: t.spec.lr)
-    losses = [_final_loss(t) for t in trials]
+    losses = [t.final_loss for t in trials]
     measured = [(t.spec.lr, y) for t, y in zip(trials, losses, strict=True) if y is not None]
     lr = sorted(t.spec.lr for t in trials)[len(trials) // 2]
     best, bracketed = _bottom(measured)
@@ -137,13 +137,6 @@ def validation_summary(recipe: Recipe, target: Target, flops: float) -> str:
         f"(N={format_quantity(target.n_active)}, D={format_quantity(target.tokens)}, "
         f"{format_quantity(flops)} FLOPs, beside the budget of {recipe.name})"
     )
-
-
-def _final_loss(trial: Trial) -> float | None:
-    final = [r for r in trial.records if r.get("status") == "ok" and r.get("loss") is not None]
-    if trial.state != "ok" or not final:
-        return None
-    return float(max(final, key=lambda r: r["tokens"])["loss"])
 
 
 def _bottom(measured: Sequence[tuple[float, float]]) -> tuple[float | None, bool]:

@@ -46,13 +46,8 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
         hessian[at, at] = 1.0 / card[name].scale ** 2
     root = sampling.whitening(compiled, hessian)
     z = np.random.default_rng([seed, 20_260_110]).normal(size=(num_draws, compiled.size))
-    data = tuple(jnp.asarray(values) for values in arrays.values())
-    found = compiled.outputs(jnp.asarray(mode + z @ root.T), data)
-    draws = {
-        name: np.asarray(values).reshape(2, -1, *values.shape[1:])
-        for name, values in found.items()
-        if not name.endswith("_raw")
-    }
+    x = (mode + z @ root.T).reshape(2, -1, compiled.size)
+    draws = compiled.draws(x, tuple(jnp.asarray(values) for values in arrays.values()))
     return make_posterior(
         sampling.unpadded(draws, own), design, runs, card, method="bayes", seed=seed,
         statistics={"divergences": 0.0}, gate=LOOP_GATE,

@@ -7,18 +7,15 @@ import json
 import sys
 import types
 from collections.abc import Sequence
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import jinja2
 
 from bayeslr import __version__
 from bayeslr.predict import predict
 from bayeslr.report import checks, provenance, scaling, slices, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
-from bayeslr.report.text import unbroken_numbers
+from bayeslr.report.rendering import render_page
 from bayeslr.runs import write_atomically
 from bayeslr.specs import Target
 from bayeslr.units import format_lr
@@ -73,13 +70,7 @@ def render(
     validation: Sequence[str] = (),
 ) -> str:
     """The report's HTML."""
-    folder = files("bayeslr.report")
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters["numbers"] = unbroken_numbers
-    template = environment.from_string((folder / "page.html.j2").read_text(encoding="utf-8"))
-    css = (folder / "style.css").read_text(encoding="utf-8")
-    page = _page(posterior, list(given or []), validation)
-    return template.render(css=css, page=page)
+    return render_page("bayeslr.report", _page(posterior, list(given or []), validation))
 
 
 def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Figures of the report: plain arrays in, inline SVG out.
 
-One drawing serves light, dark and printed pages: its colours are stand-ins that `_to_svg` replaces
+One drawing serves light, dark and printed pages: its colours are stand-ins that `to_svg` replaces
 by the page's CSS variables. Text stays text, so that it can be read aloud, searched and selected.
 """
 
@@ -62,14 +62,14 @@ _STYLE: Any = {
 
 
 @contextmanager
-def _drawing(width: float, height: float) -> Iterator[Figure]:
+def drawing(width: float, height: float) -> Iterator[Figure]:
     """A figure of so many points; everything drawn inside has the report's style."""
     with mpl.rc_context(_STYLE):
         layout = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72)
         yield Figure(figsize=(width / 72, height / 72), layout=layout)
 
 
-def _to_svg(figure: Figure, name: str, description: str) -> str:
+def to_svg(figure: Figure, name: str, description: str) -> str:
     """The figure as an ``<svg>`` element whose ids start with ``name``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -124,9 +124,10 @@ def log_ticks(low: float, high: float, at_most: int) -> list[float]:
     return best
 
 
-def _log_axis(
+def log_axis(
     axis: Any, low: float, high: float, at_most: int, text: Callable[[float], str] = short_number
 ) -> None:
+    """Ticks of a log axis at round numbers, ``at_most`` of them."""
     axis.set_major_locator(FixedLocator(log_ticks(low, high, at_most)))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: text(value)))
@@ -154,7 +155,7 @@ def valley(
     ``bands`` are quantiles of the mean loss (lr,), in nats; ``star`` quantiles of LR*; either may
     be empty.
     """
-    with _drawing(285, 195) as figure:
+    with drawing(285, 195) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
         curves: list[FloatArray] = [run_loss, bands["q50"]] if bands else [run_loss]
@@ -184,12 +185,12 @@ def valley(
         )  # fmt: skip
         axes.set_ylim(floor - 0.14 * span, floor + 1.2 * span)
         axes.set_xlim(lr[0], lr[-1])
-        _log_axis(axes.xaxis, lr[0], lr[-1], 6)
+        log_axis(axes.xaxis, lr[0], lr[-1], 6)
         axes.yaxis.set_major_locator(MaxNLocator(4))
         axes.grid(axis="y")
         axes.set_xlabel("peak LR")
         axes.set_ylabel("loss, nats")
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)
 
 
 def scale(
@@ -211,7 +212,7 @@ def scale(
     slices' optima; ``target`` holds ``x``, ``lr`` and the five quantiles. Outside ``data_range``
     the ground is hatched.
     """
-    with _drawing(430, 315) as figure:
+    with drawing(430, 315) as figure:
         axes = figure.subplots()
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -233,12 +234,12 @@ def scale(
         high = max(float(np.max(bands["q95"])), float(np.max(points["q50"], initial=0.0)))
         axes.set_ylim(low / 1.15, high * 1.15)
         axes.set_xlim(x[0], x[-1])
-        _log_axis(axes.xaxis, x[0], x[-1], 7, text)
-        _log_axis(axes.yaxis, *axes.get_ylim(), 7)
+        log_axis(axes.xaxis, x[0], x[-1], 7, text)
+        log_axis(axes.yaxis, *axes.get_ylim(), 7)
         axes.grid(axis="y")
         axes.set_xlabel(xlabel)
         axes.set_ylabel("peak LR")
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)
 
 
 def _mark_choice(axes: Any, x: float, y: float) -> None:
@@ -260,7 +261,7 @@ def regret(
     description: str,
 ) -> str:
     """What each LR would cost at the target, in nats, and how likely it diverges; each (lr,)."""
-    with _drawing(430, 290) as figure:
+    with drawing(430, 290) as figure:
         upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.set_xscale("log")
         upper.fill_between(lr, q05, q95, color=POSTERIOR, alpha=0.16, linewidth=0)
@@ -277,12 +278,12 @@ def regret(
         lower.set_ylabel("diverges, %")
         lower.set_xlabel("peak LR of the target")
         lower.set_xlim(lr[0], lr[-1])
-        _log_axis(lower.xaxis, lr[0], lr[-1], 8)
+        log_axis(lower.xaxis, lr[0], lr[-1], 8)
         for axes in (upper, lower):
             axes.axvline(choice, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             axes.grid(axis="y")
         _mark_choice(upper, choice, at_choice)
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)
 
 
 def _density(values: FloatArray, grid: FloatArray) -> FloatArray:
@@ -311,7 +312,7 @@ def exponent(
 
     Published values stand as ticks below.
     """
-    with _drawing(285, 165) as figure:
+    with drawing(285, 165) as figure:
         axes = figure.subplots()
         known = [values for values in (prior, posterior) if values is not None]
         ends = [np.quantile(values, [0.005, 0.995]) for values in known]
@@ -340,7 +341,7 @@ def exponent(
         axes.set_xlim(grid[0], grid[-1])
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(xlabel)
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)
 
 
 def transforms(name: str, *, pit: FloatArray, description: str) -> str:
@@ -353,7 +354,7 @@ def transforms(name: str, *, pit: FloatArray, description: str) -> str:
     count = pit.shape[1]
     half = float(kstwo.ppf(0.95, count))
     points = np.linspace(0.0, 1.0, 101)
-    with _drawing(430, 235) as figure:
+    with drawing(430, 235) as figure:
         axes = figure.subplots()
         # No distribution function leaves the unit square: the band is cut off there.
         axes.fill_between(
@@ -370,14 +371,14 @@ def transforms(name: str, *, pit: FloatArray, description: str) -> str:
         axes.grid(axis="y")
         axes.set_xlabel("probability of a lower loss")
         axes.set_ylabel("share below, less its own")
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)
 
 
 def trace(name: str, *, chains: FloatArray, description: str) -> str:
     """Draws of one quantity (chain, draw): left in their order, right their ranks by chain."""
     num_chains, num_draws = chains.shape
     num_bins = 20
-    with _drawing(285, 135) as figure:
+    with drawing(285, 135) as figure:
         left, right = figure.subplots(1, 2, width_ratios=[3, 2])
         colours = [POSTERIOR, *LAWS]
         every = max(1, num_draws // 250)
@@ -398,4 +399,4 @@ def trace(name: str, *, chains: FloatArray, description: str) -> str:
         left.xaxis.set_major_locator(MaxNLocator(3))
         left.set_xlabel("draw")
         right.set_xlabel("rank")
-        return _to_svg(figure, name, description)
+        return to_svg(figure, name, description)

@@ -16,7 +16,7 @@ from bayeslr.runs.columns import (
 )
 from bayeslr.runs.files import read_csv, write_atomically
 from bayeslr.runs.insight import describe, identifiability, lr_group
-from bayeslr.runs.table import RunTable, concat, make_table, read_runs
+from bayeslr.runs.table import RunTable, concat, horizon, make_table, read_runs
 
 __all__ = [
     "ALIASES",
@@ -31,6 +31,7 @@ __all__ = [
     "concat",
     "describe",
     "first_reasons",
+    "horizon",
     "identifiability",
     "lr_group",
     "make_table",

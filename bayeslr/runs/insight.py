@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bayeslr.runs.additions import cheapest_addition
 from bayeslr.runs.cells import Floats
 from bayeslr.runs.columns import SHAPE_KEYS
-from bayeslr.runs.table import RunTable
+from bayeslr.runs.table import RunTable, horizon
 from bayeslr.units import format_lr, format_quantity
 
 
@@ -38,8 +38,7 @@ def _with_groups(frame: pd.DataFrame) -> pd.DataFrame:
     A diverged run belongs to the token count that it was meant to reach.
     """
     told = frame[~frame["status"].isin(["failed", "lost"])].copy()
-    planned = (told["status"] == "diverged") & told["planned_tokens"].notna()
-    told["horizon"] = told["tokens"].where(~planned, told["planned_tokens"])
+    told["horizon"] = horizon(told)
     told["shape"] = told.groupby(list(SHAPE_KEYS), dropna=False, sort=False).ngroup()
     told["cell"] = told.groupby(["shape", "horizon"], dropna=False, sort=False).ngroup()
     told["slice"] = told.groupby(["cell", "batch_tokens"], sort=False).ngroup()

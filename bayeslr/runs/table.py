@@ -67,6 +67,14 @@ class RunTable:
         write_atomically(path, encode(self.frame, path))
 
 
+def horizon(frame: pd.DataFrame) -> pd.Series[float]:
+    """Tokens (row,) that each row belongs to: of a diverged run, those that it was meant to reach.
+
+    Not those at which it died, for another LR would have gone on.
+    """
+    return frame["planned_tokens"].where(frame["status"] == "diverged").fillna(frame["tokens"])
+
+
 def read_runs(*paths: str | Path) -> RunTable:
     """Read run tables (CSV, Parquet or JSON lines, by suffix) into one checked table.
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
@@ -18,6 +16,7 @@ from bayeslr_runners.moe import MoeRunner
 from bayeslr_runners.moe.stack import stack_key
 from bayeslr_runners.moe.train import train
 from bayeslr_runners.moe.trainer import Trainer
+from tests.runners.stopping import train_stopped
 
 SHAPE = {"name": "tiny", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_expert": 8,
          "n_experts": 4, "top_k": 2, "n_shared_experts": 1}  # fmt: skip
@@ -26,12 +25,7 @@ OPTIONS = {"data": "synthetic", "synthetic_vocab": 16, "synthetic_order": 1, "sy
            "partial_evals": 1, "bias_rate": 0.001}  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spec(run_id: str, *, options: dict[str, Any] | None = None, **changes: Any) -> RunSpec:
@@ -160,27 +154,11 @@ def test_a_stack_of_diverging_runs_ends(tmp_path: Path) -> None:
 def test_a_stopped_stack_goes_on_and_ends_the_same(
     tmp_path: Path, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    class Stop(Exception):
-        pass
-
-    done = 0
-    take_step = Trainer.step
-
-    def step(self: Trainer, number: int, lr_factor: float) -> Any:
-        nonlocal done
-        if done == steps:
-            raise Stop
-        done += 1
-        return take_step(self, number, lr_factor)
-
     runs = [spec(name, lr=lr, options={"checkpoint_steps": 2}) for name, lr in
             (("a", 0.005), ("b", 0.01), ("c", 0.02))]  # fmt: skip
     whole, broken = folders(tmp_path / "whole", runs), folders(tmp_path / "broken", runs)
     train(*whole)
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(Stop):
-            train(*broken)
+    train_stopped(*broken, steps=steps, monkeypatch=monkeypatch)
     # One member's checkpoint is lost: it starts afresh while the others go on.
     (broken[2] / "checkpoint.pt").unlink()
     train(*broken)

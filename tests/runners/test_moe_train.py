@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from bayeslr_runners.moe.divergence import Watch, cause
 from bayeslr_runners.moe.records import RecordLog, finite
 from bayeslr_runners.moe.train import train
 from bayeslr_runners.moe.trainer import Trainer
+from tests.runners.stopping import train_stopped
 
 SHAPE = {"name": "tiny", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_expert": 8,
          "n_experts": 4, "top_k": 2}  # fmt: skip
@@ -35,12 +35,7 @@ OPTIONS = {"data": "synthetic", "synthetic_vocab": 16, "synthetic_order": 1, "sy
 CLOCK = ("wall_s", "created_at")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def spec(*, options: dict[str, Any] | None = None, **changes: Any) -> RunSpec:
@@ -171,24 +166,8 @@ def test_a_resumed_run_equals_an_unbroken_one(
 ) -> None:
     """Stopped at any place, whether or not a checkpoint lies there."""
 
-    class Stop(Exception):
-        pass
-
-    done = 0
-    take_step = Trainer.step
-
-    def step(self: Trainer, number: int, lr_factor: float) -> Any:
-        nonlocal done
-        if done == steps:
-            raise Stop
-        done += 1
-        return take_step(self, number, lr_factor)
-
     run_dir = folder(tmp_path, spec(options={"checkpoint_steps": every}))
-    with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "step", step)
-        with pytest.raises(Stop):
-            train(run_dir)
+    train_stopped(run_dir, steps=steps, monkeypatch=monkeypatch)
     train(run_dir)
     assert timeless(run_dir) == timeless(unbroken)
 
