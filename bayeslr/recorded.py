@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
+from bayeslr.designs import slices_from_cheapest
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs import RunTable, horizon
 from bayeslr.specs import RunSpec, Target
@@ -86,13 +87,11 @@ def make_pool(table: RunTable) -> Pool:
         train_flops(n, t) for n, t in zip(frame["n_active"], frame["tokens"], strict=True)
     ])  # fmt: skip
     code = frame.groupby(_SLICE_KEY, sort=True, dropna=False).ngroup().to_numpy()
-    first = np.unique(code, return_index=True)[1]
-    rank = np.argsort(np.argsort(flops[first], kind="stable"), kind="stable")
     return Pool(
         table=RunTable(frame, source=table.source),
         flops=flops,
         specs=tuple(_spec(row) for row in frame.to_dict("records")),
-        slice_of_run=rank[code].astype(np.int64),
+        slice_of_run=slices_from_cheapest(code.astype(np.int64), flops),
     )
 
 

@@ -146,13 +146,8 @@ def start_design(recipe: Recipe, runner: Runner) -> list[Priced]:
     Under WSD the cells of one shape and batch share a trunk to the longest horizon.
     """
     cells: dict[tuple[str, int, int], list[Priced]] = {}
-    longest = max(recipe.space.tokens)
-    wsd = recipe.run.get("schedule", "wsd") == "wsd"
-    for priced in candidates(recipe, runner):
-        spec = priced.spec
-        if not wsd or spec.tokens == longest:
-            key = (str(spec.shape["name"]), spec.tokens, spec.batch_tokens)
-            cells.setdefault(key, []).append(priced)
+    for priced in longest(recipe, candidates(recipe, runner)):
+        cells.setdefault(cell_of(priced.spec), []).append(priced)
     cheapest = sorted(cells.values(), key=lambda cell: (cell[0].flops, cell[0].spec.run_id))
     num_cells = min(len(cheapest), max(1, recipe.start_runs // LRS_PER_START_CELL))
     shares = [recipe.start_runs // num_cells] * num_cells
@@ -180,6 +175,18 @@ def random_design(
         budget_flops -= choice.flops
         left = [p for p in left if line_of(p.spec) != line_of(choice.spec)]
     return drawn
+
+
+def longest(recipe: Recipe, pool: Iterable[Priced]) -> list[Priced]:
+    """The runs that no other one of the pool measures on its way: under WSD, the longest."""
+    wsd = recipe.run.get("schedule", "wsd") == "wsd"
+    end = max(recipe.space.tokens)
+    return [priced for priced in pool if not wsd or priced.spec.tokens == end]
+
+
+def cell_of(spec: RunSpec) -> tuple[str, int, int]:
+    """Runs that differ in LR alone: shape, tokens, batch."""
+    return (str(spec.shape["name"]), spec.tokens, spec.batch_tokens)
 
 
 def line_of(spec: RunSpec) -> tuple[str, int, float]:

@@ -17,7 +17,7 @@ from bayeslr.units import parse_count, parse_quantity, train_flops
 PARAM_CONVENTIONS = ("non_embedding", "total")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 WEIGHT_DECAY_KINDS = ("coupled", "independent")
-STRATEGIES = ("bayes", "random")
+STRATEGIES = ("bayes", "random", "classical", "ladder", "d-optimal")
 
 
 def _require(condition: bool, message: str) -> None:
@@ -225,8 +225,9 @@ class Recipe:
     ``early_ends`` stops runs that are far up their valley's side.
     ``validate_target`` trains the first target
     at the recommended LR and at its half and double once the sweep has ended. ``strategy`` is
-    ``bayes`` (the posterior chooses the runs) or ``random`` (a baseline, which refits at the end
-    alone).
+    ``bayes`` (the posterior chooses the runs) or one to compare it with, which refits at the end
+    alone: ``random``, or a design (`bayeslr.designs`), of which ``classical`` ends in the two-stage
+    estimator.
     """
 
     name: str

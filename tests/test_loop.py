@@ -134,6 +134,37 @@ def test_a_random_sweep_needs_no_fit_before_its_end(
     assert (result.stop.kind, len(calls)) == ("budget", 1)
 
 
+@pytest.mark.parametrize("strategy", ["classical", "ladder", "d-optimal"])
+def test_a_design_makes_its_runs_and_fits_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    methods: list[str] = []
+
+    def fit(*words: Any, method: str, **rest: Any) -> Any:
+        methods.append(method)
+        return fakes.fit(*words, **rest)
+
+    monkeypatch.setattr(sys.modules["bayeslr.sampling"], "fit", fit)
+    changes = {"sweep__budget_flops": 12e12, "sweep__max_runs": 11}
+    first, _ = sweep(tmp_path, _strategy=strategy, **changes)
+    assert methods == ["two-stage" if strategy == "classical" else "bayes"]
+    runs = finished_runs(tmp_path)
+    assert all(set(losses) == {200_000, 400_000} for _, losses in runs.values())
+    if strategy == "classical":
+        assert first.stop.kind == "done"
+        assert [sum(shape in run for run in runs) for shape in ("small", "medium")] == [5, 5]
+    with pytest.raises(SpecError, match=r"sweep\.strategy"):
+        sweep(tmp_path, _strategy="bayes", **changes)
+
+
+def test_a_design_that_was_killed_goes_on_with_its_step(tmp_path: Path) -> None:
+    whole, _ = sweep(tmp_path / "whole", _strategy="classical", sweep__budget_flops=12e12)
+    sweep(tmp_path / "parts", _strategy="classical", sweep__budget_flops=12e12, sweep__max_runs=7)
+    sweep(tmp_path / "parts", _strategy="classical", sweep__budget_flops=12e12)
+    assert finished_runs(tmp_path / "parts") == finished_runs(tmp_path / "whole")
+    assert whole.stop.kind == "done"
+
+
 def test_runs_that_cannot_be_fitted_fall_back_to_chance_and_say_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

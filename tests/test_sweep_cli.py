@@ -65,6 +65,22 @@ def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_another_strategy_by_the_same_command_is_a_sweep_of_its_own(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    dry = bayeslr("sweep", recipe, "--strategy", "classical", "--dry-run")
+    first = [line for line in dry.stdout.splitlines() if line.startswith("  toy-")]
+    assert [line.split()[0].rsplit("-", 2)[1] for line in first] == [
+        "lr0.001", "lr0.0028284", "lr0.008", "lr0.022627", "lr0.064",
+    ]  # fmt: skip
+    done = bayeslr("sweep", recipe, "--strategy", "classical")
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "toy-classical-out" / "predictions.csv").exists()
+    wrong = bayeslr("sweep", recipe, "--strategy", "best")
+    assert "strategy must be one of bayes, random, classical" in str(wrong.exception)
+
+
 def test_a_worker_joins_by_folder(recipe: Path, tmp_path: Path) -> None:
     bayeslr("sweep", recipe, "--out", tmp_path / "out")
     done = bayeslr("worker", "--storage", tmp_path / "out", "--study", "toy")

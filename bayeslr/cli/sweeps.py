@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import sys
@@ -16,22 +17,33 @@ from bayeslr.errors import UntrustworthyFit
 if TYPE_CHECKING:
     from bayeslr.loop import SweepResult
 
-Out = Annotated[Path, typer.Option("--out", help="Folder of the sweep; resumes what is in it.")]
+Out = Annotated[
+    Path | None,
+    typer.Option("--out", help="Folder of the sweep; resumes what is in it [default: RECIPE-out]."),
+]
 Storage = Annotated[
     str | None,
     typer.Option(help="Optuna storage URL, such as postgresql+psycopg://user@host/db."),
 ]
 Seed = Annotated[int | None, typer.Option(help="Instead of the recipe's seed.")]
+Strategy = Annotated[
+    str | None,
+    typer.Option(
+        help="Who chooses the runs, instead of the recipe's: bayes, classical, ladder, d-optimal, "
+        "random."
+    ),
+]
 Retry = Annotated[bool, typer.Option("--retry", help="Ask again for failed and lost runs.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def quickstart(out: Out = Path("quickstart-out"), seed: Seed = None) -> None:
+def quickstart(out: Out = None, seed: Seed = None, strategy: Strategy = None) -> None:
     """Train real proxies on this machine, predict a larger one's LR, and check it by training."""
     from bayeslr.loop import sweep as run_sweep
 
     stop_on_sigterm()
-    result = run_sweep("quickstart", out, seed=seed, progress=Lines())
+    folder = _folder("quickstart", out, strategy)
+    result = run_sweep("quickstart", folder, seed=seed, strategy=strategy, progress=Lines())
     _print_summary(result)
     _echo(
         "",
@@ -48,11 +60,10 @@ def quickstart(out: Out = Path("quickstart-out"), seed: Seed = None) -> None:
 
 def sweep(
     recipe: Annotated[str, typer.Argument(help="Path of a recipe, or the name of a shipped one.")],
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder of the sweep [default: RECIPE-out].")
-    ] = None,
+    out: Out = None,
     storage: Storage = None,
     seed: Seed = None,
+    strategy: Strategy = None,
     retry: Retry = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the space, its cost and the first runs.")
@@ -63,11 +74,13 @@ def sweep(
     from bayeslr.loop import sweep as run_sweep
 
     opened = open_recipe(recipe)
+    if strategy is not None:
+        opened = dataclasses.replace(opened, strategy=strategy)
     if dry_run:
         _print_description(describe(opened))
         return
     stop_on_sigterm()
-    folder = Path(f"{opened.name}-out") if out is None else out
+    folder = _folder(opened.name, out, strategy)
     result = run_sweep(opened, folder, storage=storage, seed=seed, retry=retry, progress=Lines())
     _print_summary(result)
     _require_trust(result)
@@ -103,6 +116,12 @@ def status(
 
     document = open_status(place, study)
     _echo(json.dumps(document, indent=2)) if as_json else _echo(*status_lines(document))
+
+
+def _folder(name: str, out: Path | None, strategy: str | None) -> Path:
+    """Where a sweep goes by default: another strategy is another sweep."""
+    other = [strategy] if strategy not in (None, "bayes") else []
+    return out or Path("-".join([name, *other, "out"]))
 
 
 class Lines:

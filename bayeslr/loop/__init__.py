@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr.errors import DataError, SpecError, StorageError, UntrustworthyFit
 from bayeslr.loop.early import EarlyEnds, early_ends
-from bayeslr.loop.planning import Planner, ask_again, table_of
+from bayeslr.loop.planning import Planner, ask_again, first_runs, table_of
 from bayeslr.loop.status import status_of
 from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
 from bayeslr.loop.worker import Due, Progress, Stop, Worker, silent
@@ -43,7 +43,7 @@ from bayeslr.runner_protocol import (
     find_runner,
     mask_password,
 )
-from bayeslr.space import candidates, start_design, targets_of, weights_of
+from bayeslr.space import candidates, cell_of, targets_of, weights_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def sweep(
     *,
     storage: str | None = None,
     seed: int | None = None,
+    strategy: str | None = None,
     retry: bool = False,
     progress: Progress = silent,
 ) -> SweepResult:
@@ -92,7 +93,7 @@ def sweep(
         Folder of the sweep; started again on the same folder it resumes.
     storage
         Any Optuna storage URL; by default a journal file in ``out``.
-    seed
+    seed, strategy
         Instead of the recipe's.
     retry
         Ask once more for runs that failed or were lost.
@@ -109,6 +110,8 @@ def sweep(
     recipe = open_recipe(recipe)
     if seed is not None:
         recipe = dataclasses.replace(recipe, seed=seed)
+    if strategy is not None:
+        recipe = dataclasses.replace(recipe, strategy=strategy)
     from bayeslr.report import report
 
     out = Path(out)
@@ -253,7 +256,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     cells: dict[tuple[str, int, int], dict[str, Any]] = {}
     for priced in candidates(recipe, runner):
         spec = priced.spec
-        key = (str(spec.shape["name"]), spec.tokens, spec.batch_tokens)
+        key = cell_of(spec)
         cells.setdefault(
             key,
             {
@@ -267,7 +270,7 @@ def describe(recipe: Recipe) -> dict[str, Any]:
                 "num_lrs": 0,
             },
         )["num_lrs"] += 1
-    start = start_design(recipe, runner)
+    start = first_runs(recipe, runner)
     return {
         "name": recipe.name,
         "runner": recipe.runner,
@@ -327,7 +330,8 @@ def _conclude(
     table = table_of(trials, recipe)
     table.write(out / "runs.parquet")
     progress(f"fitting {len(table)} rows", transient=True)
-    posterior = fit(table, recipe.prior, seed=recipe.seed)
+    method = "two-stage" if recipe.strategy == "classical" else "bayes"
+    posterior = fit(table, recipe.prior, seed=recipe.seed, method=method)
     posterior.save(out / "fit")
     predictions = predict(posterior, targets_of(recipe, runner))
     predictions.to_csv(out / "predictions.csv", index=False)

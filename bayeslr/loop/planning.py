@@ -6,6 +6,9 @@ import math
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, final
 
+import numpy as np
+
+from bayeslr.designs import DESIGNS, Menu, slices_from_cheapest
 from bayeslr.errors import BayeslrError, DataError, UntrustworthyFit
 from bayeslr.loop.worker import Due, Progress, Stop, due_entry, due_runs
 from bayeslr.runner_protocol import Runner, Study, Trial
@@ -13,7 +16,9 @@ from bayeslr.runs import RunTable, make_table
 from bayeslr.space import (
     Priced,
     candidates,
+    cell_of,
     line_of,
+    longest,
     random_design,
     start_design,
     targets_of,
@@ -28,6 +33,41 @@ if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
 
 FAILED_STATES = ("failed", "lost")
+
+
+def first_runs(recipe: Recipe, runner: Runner) -> list[Priced]:
+    """The runs that a sweep begins with. The classical design starts by itself."""
+    if recipe.strategy == "classical":
+        return design_step(recipe, runner, (), recipe.budget_flops)
+    return start_design(recipe, runner)
+
+
+def design_step(
+    recipe: Recipe, runner: Runner, trials: Sequence[Trial], left_flops: float
+) -> list[Priced]:
+    """Next step of the recipe's design, given the runs so far; empty where it has ended.
+
+    Under WSD the runs are those to the longest horizon, which measure the shorter ones.
+    """
+    pool = longest(recipe, candidates(recipe, runner))
+    specs = [priced.spec for priced in pool]
+    flops = np.array([priced.flops for priced in pool])
+    losses = {
+        t.spec.run_id: math.inf if t.final_loss is None else t.final_loss
+        for t in trials
+        if not t.void
+    }
+    cells = {key: number for number, key in enumerate(dict.fromkeys(map(cell_of, specs)))}
+    names = ("n_active", "n_total", "tokens", "batch_tokens")
+    menu = Menu(
+        **{name: np.array([float(getattr(spec, name)) for spec in specs]) for name in names},
+        log_lr=np.log([spec.lr for spec in specs]),
+        flops=flops,
+        slice_of_run=slices_from_cheapest(np.array([cells[cell_of(s)] for s in specs]), flops),
+        loss=np.array([losses.get(spec.run_id, math.nan) for spec in specs]),
+        left_flops=left_flops,
+    )
+    return [pool[i] for i in DESIGNS[recipe.strategy](menu)]
 
 
 @final
@@ -62,6 +102,12 @@ class Planner:
                 f"are left, and the cheapest run that is not made yet costs "
                 f"{format_quantity(cheapest)}",
             )
+        if recipe.strategy in DESIGNS and (batch or recipe.strategy == "classical"):
+            limit = None if recipe.max_runs is None else recipe.max_runs - len(trials)
+            step = design_step(recipe, self._runner, trials, left)[:limit]
+            if not step:
+                return Stop(kind="done", reason=f"the {recipe.strategy} design has ended")
+            return _due(step, f"{recipe.strategy}: the next slice")
         if batch == 0:
             why = "start: the cheapest cells, LRs spread over their range"
             return _due(start_design(recipe, self._runner)[:num_runs], why)

@@ -150,7 +150,8 @@ class Worker:
 
     def _hopeless(self, child: Child) -> str:
         """Why a run should be stopped, judged against the runs of earlier batches."""
-        if not self._study.recipe().early_ends:
+        recipe = self._study.recipe()
+        if not recipe.early_ends or recipe.strategy != "bayes":
             return ""
         note = self._study.note(f"batch:{self._batch}")
         mine = {due_of(entry).spec.run_id for entry in note["runs"]} if note else set()

@@ -7,17 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bayeslr import acquire, predict, sampling
+from bayeslr import acquire, designs, predict, sampling
 from bayeslr.errors import DataError
-from bayeslr.features import REGRESSORS
-from bayeslr.recorded import QUANTILE_LEVELS, START_LRS, Campaign, Pool, copied
+from bayeslr.recorded import QUANTILE_LEVELS, START_LRS, Campaign, copied
 from bayeslr.replay.laplace import normal_posterior
 
 if TYPE_CHECKING:
     import pandas as pd
-
-# The classical design: LRs a slice (C_eta); the LRs of a factor of two to each side of the best.
-_CLASSICAL_LRS = 5
 
 # Draws a chain of the answer.
 _NUM_DRAWS = 300
@@ -95,56 +91,42 @@ def random(campaign: Campaign) -> pd.DataFrame:
 
 def ladder(campaign: Campaign) -> pd.DataFrame:
     """The grid, cheapest slices first, every second LR of each; our model at the end."""
-    pool = campaign.pool
-    for every in (2, 1):
-        for number in range(int(pool.slice_of_run.max()) + 1):
-            for run in pool.runs_of(number)[::every]:
-                if run not in campaign.bought and pool.flops[run] <= campaign.left_flops:
-                    campaign.buy(int(run))
+    _follow(campaign, designs.ladder)
     return _predictions(campaign)
 
 
 def classical(campaign: Campaign) -> pd.DataFrame:
-    """The O(n C_D C_eta) design: a size at a time, its token counts, a few LRs; least squares.
+    """The O(n C_D C_eta) design, then least squares.
 
-    One batch a cell, its middle one; batches to both sides once every affordable cell has one.
-    Five LRs a slice about the best LR so far (WSD's factor along D does not apply to recorded
-    cosine runs, so each token count is paid for).
+    WSD's factor along D does not apply to recorded cosine runs, so each token count is paid for.
     """
-    pool = campaign.pool
-    for slices in _rings(pool):
-        for number in slices:
-            runs = pool.runs_of(int(number))
-            loss = campaign.losses()
-            best = pool.log_lr[campaign.bought[int(np.argmin(loss))]]
-            order = np.argsort(np.abs(pool.log_lr[runs] - best), kind="stable")
-            step = 2 if len(runs) >= 2 * _CLASSICAL_LRS else 1
-            middle = int(order[0])
-            wanted = [middle + step * j for j in (0, -1, 1, -2, 2)]
-            chosen = [int(runs[j]) for j in wanted if 0 <= j < len(runs)]
-            new = [run for run in chosen if run not in campaign.bought]
-            cost = math.fsum(pool.flops[new])
-            if cost > campaign.left_flops:
-                continue
-            for run in new:
-                campaign.buy(run)
+    _follow(campaign, designs.classical)
     return _least_squares(campaign)
 
 
-def _rings(pool: Pool) -> list[list[int]]:
-    """Slices by their batch's distance from the cell's middle one, each ring cheapest first."""
-    frame = pool.table.frame
-    cells: dict[tuple[float, ...], list[int]] = {}
-    for number in range(int(pool.slice_of_run.max()) + 1):
-        row = frame.iloc[int(pool.runs_of(number)[0])]
-        key = (float(row["n_active"]), float(row["n_total"]), float(row["tokens"]))
-        cells.setdefault(key, []).append(number)
-    rings: dict[int, list[int]] = {}
-    for numbers in cells.values():
-        numbers.sort(key=lambda s: float(frame["batch_tokens"].iloc[int(pool.runs_of(s)[0])]))
-        for place, number in enumerate(numbers):
-            rings.setdefault(abs(place - (len(numbers) - 1) // 2), []).append(number)
-    return [sorted(rings[distance]) for distance in sorted(rings)]
+def d_optimal(campaign: Campaign) -> pd.DataFrame:
+    """Three LRs a slice, slices by D-optimality per FLOP for the LR law; our model at the end."""
+    _follow(campaign, designs.d_optimal)
+    return _predictions(campaign)
+
+
+def _follow(campaign: Campaign, design: designs.Design) -> None:
+    """Buy step after step of a design to its end."""
+    while step := design(_menu(campaign)):
+        for run in step:
+            campaign.buy(run)
+
+
+def _menu(campaign: Campaign) -> designs.Menu:
+    pool = campaign.pool
+    loss = np.full(len(pool), np.nan)
+    loss[campaign.bought] = campaign.losses()
+    names = ("n_active", "n_total", "tokens", "batch_tokens")
+    return designs.Menu(
+        **{name: pool.table.frame[name].to_numpy(dtype=float) for name in names},
+        log_lr=pool.log_lr, flops=pool.flops, slice_of_run=pool.slice_of_run, loss=loss,
+        left_flops=campaign.left_flops,
+    )  # fmt: skip
 
 
 def _least_squares(campaign: Campaign) -> pd.DataFrame:
@@ -159,53 +141,3 @@ def _least_squares(campaign: Campaign) -> pd.DataFrame:
     except DataError:
         pass
     return copied(campaign, campaign.bought)
-
-
-def d_optimal(campaign: Campaign) -> pd.DataFrame:
-    """Three LRs a slice, slices by D-optimality per FLOP for the LR law; our model at the end.
-
-    The regressors are those of the law (1, ln n_active, ln sparsity, ln tokens, ln batch), with a
-    unit prior on their standardised coefficients; what raises ln det of the information most per
-    FLOP is bought.
-    """
-    pool = campaign.pool
-    first = np.array([pool.runs_of(s)[0] for s in range(int(pool.slice_of_run.max()) + 1)])
-    frame = pool.table.frame.iloc[first]
-    n_active, n_total, tokens, batch = (
-        np.log(frame[name].to_numpy(dtype=float))
-        for name in ("n_active", "n_total", "tokens", "batch_tokens")
-    )
-    raw = np.column_stack([n_active, n_active - n_total, tokens, batch])
-    spread = raw.std(axis=0)
-    x = np.column_stack(
-        [np.ones(len(raw)), (raw - raw.mean(axis=0)) / np.where(spread > 0, spread, 1.0)]
-    )
-    information = np.eye(len(REGRESSORS) + 1)
-    for number in np.unique(pool.slice_of_run[campaign.bought]):
-        information += np.outer(x[number], x[number])
-    tried = set(np.unique(pool.slice_of_run[campaign.bought]).tolist())
-    while True:
-        inverse = np.linalg.inv(information)
-        gain = np.log1p(np.einsum("si,ij,sj->s", x, inverse, x)) / pool.flops[first]
-        for number in np.argsort(-gain, kind="stable"):
-            runs = [int(r) for r in _about_best(campaign, int(number)) if r not in campaign.bought]
-            if number in tried or math.fsum(pool.flops[runs]) > campaign.left_flops:
-                continue
-            for run in runs:
-                campaign.buy(run)
-            information += np.outer(x[number], x[number])
-            tried.add(int(number))
-            break
-        else:
-            break
-    return _predictions(campaign)
-
-
-def _about_best(campaign: Campaign, number: int) -> list[int]:
-    """Three LRs of a slice, an octave apart, about the best LR so far."""
-    pool = campaign.pool
-    runs = pool.runs_of(number)
-    best = pool.log_lr[campaign.bought[int(np.argmin(campaign.losses()))]]
-    wanted = best + math.log(2.0) * np.array([0.0, -1.0, 1.0])
-    chosen = [int(runs[np.argmin(np.abs(pool.log_lr[runs] - w))]) for w in wanted]
-    return list(dict.fromkeys(chosen))
