@@ -55,6 +55,7 @@ ATTRIBUTES = ("n_active", "n_total", "tokens", "batch_tokens")
 OPTIONAL = ("family", "seq_len", "param_convention", "optimizer", "schedule", "parametrization",
             "d_model", "n_layers", "n_experts", "top_k", "loss_se", "status")  # fmt: skip
 
+_ASSUMED = {"family": "study", "param_convention": "non_embedding"}
 _MAX_CANDIDATES = 5000
 _LEVELS = 5  # of a numeric parameter other than the LR
 _STATES = (TrialState.COMPLETE, TrialState.PRUNED)
@@ -190,6 +191,19 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         levels = _levels(param_distribution, 257)
         return levels[int(rng.integers(len(levels)))]
 
+    def after_trial(
+        self, study: optuna.Study, trial: FrozenTrial, state: TrialState,
+        values: Sequence[float] | None,
+    ) -> None:  # fmt: skip
+        """Write what a run was taken for into its user attributes, for whoever reads the study
+        without ``describe`` (``bayeslr import optuna``).
+        """
+        if self._lr not in trial.params:
+            return
+        for name, value in (_ASSUMED | self._known(trial.params)).items():
+            if name not in trial.user_attrs and name not in trial.params:
+                study._storage.set_trial_user_attr(trial._trial_id, name, value)
+
     def predict(self, study: optuna.Study) -> list[dict[str, Any]]:
         """Predictions table of the targets from the study's runs. Raises: SpecError."""
         trials = study.get_trials(deepcopy=False)
@@ -258,7 +272,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
                 return None
             status = "diverged"
         return {
-            "family": "study", "param_convention": "non_embedding",
+            **_ASSUMED,
             **known,
             "run_id": f"trial-{trial.number}",
             "planned_tokens": known["tokens"],
@@ -270,10 +284,11 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
 
     def _spec(self, params: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
         self._require(known, "a run to propose")
+        known = _ASSUMED | dict(known)
         spec = RunSpec(
-            run_id="candidate", family=str(known.get("family", "study")), runner="optuna",
+            run_id="candidate", family=str(known["family"]), runner="optuna",
             lr=float(params[self._lr]), seq_len=int(known.get("seq_len", 1)),
-            param_convention=str(known.get("param_convention", "non_embedding")),
+            param_convention=str(known["param_convention"]),
             schedule="cosine", **{name: round(known[name]) for name in ATTRIBUTES},
         )  # fmt: skip
         document: dict[str, Any] = json.loads(spec.to_json())

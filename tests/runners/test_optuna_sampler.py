@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import math
+import re
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,19 @@ def test_user_attributes_say_what_a_run_was() -> None:
     assert rows[1]["loss"] is None
 
 
+def test_a_study_can_be_imported_by_what_its_runs_were_taken_for(tmp_path: Path) -> None:
+    from bayeslr.importers import optuna as importer
+
+    s = study(f"sqlite:///{tmp_path / 'old.db'}", sampler())
+    s.optimize(objective, n_trials=4)
+    table = importer.read(tmp_path / "old.db")
+    assert len(table.frame) == 4
+    assert not len(table.quarantine)
+    for trial, row in zip(s.trials, table.frame.to_dict("records"), strict=True):
+        wanted = {"lr": trial.params["lr"], "loss": trial.value, **describe(trial.params)}
+        assert {name: row[name] for name in wanted} == pytest.approx(wanted)
+
+
 def test_what_is_not_known_of_a_run_is_asked_for() -> None:
     made = sampler(describe=None)
     s = optuna.create_study(sampler=made)
@@ -190,6 +205,20 @@ def test_the_server_answers_and_says_what_is_wrong(monkeypatch: pytest.MonkeyPat
     assert "tokens must be finite and > 0" in rest[0]["error"]
     assert "not a request" in rest[1]["error"]
     assert "op must be" in rest[2]["error"]
+
+
+@pytest.mark.slow
+def test_the_example_of_the_docs_runs(tmp_path: Path, root: Path) -> None:
+    """As it stands in docs/sweeps.md; the law is made up, so the best LR is known."""
+    text = (root / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, text=True, capture_output=True, check=True
+    )
+    assert " is random: " not in done.stderr
+    low, high = map(float, re.findall(r"between (\S+) and (\S+) with", done.stdout)[0])
+    # A 90 % interval; the seed is fixed.
+    assert low < 1e-2 * 1000**-0.3 < high
 
 
 # ------------------------------------------------------------------------------- pruner
