@@ -8,11 +8,14 @@ the median over the turns. BENCH_THREADS sets the threads (default: every core).
 
 from __future__ import annotations
 
+import contextlib
+import multiprocessing
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +24,7 @@ import torch
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe import MoeRunner
 from bayeslr_runners.moe.__main__ import keep_freed_memory
+from bayeslr_runners.moe.parts import split
 from bayeslr_runners.moe.trainer import Trainer
 
 BATCH_TOKENS, SEQ_LEN, VOCAB = 2048, 128, 256
@@ -31,9 +35,13 @@ ROUNDS = 9
 
 @pytest.fixture(scope="module", autouse=True)
 def whole_machine() -> None:
+    as_in_training(THREADS)
+
+
+def as_in_training(num_threads: int) -> None:
     """As in the trainer's own process."""
     keep_freed_memory()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(num_threads)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False
 
@@ -138,18 +146,58 @@ def test_beside_a_dense_model_of_equal_active_width(benchmark: Any, d_model: int
 
 
 @pytest.mark.parametrize("d_model", [32, 64])
-def test_eight_lrs_stacked(benchmark: Any, d_model: int) -> None:
-    """Aggregate rate of a stack over that of its members one after another, at a small batch."""
+@pytest.mark.parametrize("one_thread", [False, True], ids=["whole machine", "one thread"])
+def test_eight_lrs_stacked(benchmark: Any, d_model: int, one_thread: bool) -> None:
+    """Aggregate rate of a stack, in its parts, over that of its members one after another.
+
+    At a small batch. Each single run has all threads; ``one thread`` compares one core with itself.
+    """
+    num_threads = 1 if one_thread else THREADS
     alone = spec(d_model, batch_tokens=1024, seq_len=64)
     members = [replace(alone, run_id=str(i), lr=1e-3 * 2 ** (i / 2)) for i in range(8)]
-    sides = [stepper(*members), stepper(alone)]
+    with contextlib.ExitStack() as stack:
+        parts = stack.enter_context(parts_in_step(members, num_threads))
+        torch.set_num_threads(num_threads)
+        stack.callback(torch.set_num_threads, THREADS)
+        sides = [parts, stepper(alone)]
 
-    def measure() -> dict[str, float]:
-        seconds = in_turn(sides, (1, 8))
-        return {"times_one_by_one": 8 * ratio(seconds),
-                "tokens_per_s": 8 * 1024 / statistics.median(seconds[0])}  # fmt: skip
+        def measure() -> dict[str, float]:
+            seconds = in_turn(sides, (2, 8))
+            return {"times_one_by_one": 8 * ratio(seconds),
+                    "tokens_per_s": 8 * 1024 / statistics.median(seconds[0])}  # fmt: skip
 
-    report(benchmark, measure)
+        report(benchmark, measure)
+
+
+@contextlib.contextmanager
+def parts_in_step(specs: Sequence[RunSpec], num_cores: int) -> Iterator[Callable[[], object]]:
+    """A step of every part of a stack, each part in a process of its own as in the product."""
+    by_name = {Path(spec.run_id): spec for spec in specs}
+    context = multiprocessing.get_context("spawn")
+    doors = []
+    for folders in split(list(by_name), num_cores):
+        ours, theirs = context.Pipe()
+        part = [by_name[folder] for folder in folders]
+        context.Process(target=_steps_on_demand, args=(theirs, part), daemon=True).start()
+        doors.append(ours)
+
+    def step() -> None:
+        for door in doors:
+            door.send(True)
+        for door in doors:
+            door.recv()
+
+    yield step
+    for door in doors:
+        door.send(False)
+
+
+def _steps_on_demand(door: Any, specs: Sequence[RunSpec]) -> None:
+    as_in_training(1)
+    step = stepper(*specs)
+    while door.recv():
+        step()
+        door.send(True)
 
 
 @pytest.mark.parametrize("d_model", [32, 64, 96, 256])

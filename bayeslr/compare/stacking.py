@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bayeslr.loop.children import Child, complete
+from bayeslr.loop.children import Child, complete, launched
 from bayeslr.loop.worker import POLL_SECONDS, Due, Progress
 from bayeslr.runner_protocol import SPEC_FILE, Runner, StackRunner
 from bayeslr.runs import write_atomically
@@ -59,7 +59,8 @@ def stacks_of(runner: StackRunner, specs: Sequence[RunSpec], slots: int) -> list
     for group in groups.values():
         if len(group) <= slots:
             continue
-        number = max(math.ceil(len(group) / MAX_STACK), slots)
+        # As many stacks for each slot: none is left idle while another trains the last one.
+        number = slots * math.ceil(len(group) / (MAX_STACK * slots))
         parts = [group[i::number] for i in range(number)]
         stacks += [part for part in parts if len(part) > 1]
     return stacks
@@ -70,9 +71,14 @@ def _ended(spec: RunSpec, runs_dir: Path) -> bool:
 
 
 def _start(runner: StackRunner, stack: Sequence[RunSpec], runs_dir: Path) -> Child:
-    """The child of a stack; its log and its lock lie in the first run's folder."""
+    """The child of a stack; its log lies in the first run's folder, a lock in every run's."""
+    # In one order everywhere, so that two stacks never wait for each other's locks.
+    stack = sorted(stack, key=lambda spec: spec.run_id)
     folders = [runs_dir / spec.run_id for spec in stack]
     for spec, folder in zip(stack, folders, strict=True):
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / SPEC_FILE, (spec.to_json() + "\n").encode())
-    return Child(stack[0], folders[0], runner.stack_command(folders))
+    command = runner.stack_command(folders)
+    for folder in reversed(folders[1:]):
+        command = launched(folder, command)
+    return Child(stack[0], folders[0], command)

@@ -58,14 +58,13 @@ class Child:
         self._oom_kills = _oom_kills()
         stderr_path = run_dir / STDERR_FILE
         self._stderr_start = stderr_path.stat().st_size if stderr_path.exists() else 0
-        launch = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid())]
         with (
             stderr_path.open("ab") as stderr,
             (run_dir / STDOUT_FILE).open("ab") as stdout,
         ):
             # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children.
             self._process = subprocess.Popen(
-                [*launch, str(run_dir / LOCK_FILE), str(run_dir / RECORDS_FILE), *command],
+                launched(run_dir, command),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -130,6 +129,12 @@ class Child:
             text = file.read().decode("utf-8", errors="replace")
         lines = [line.rstrip() for line in text.splitlines() if line.strip()]
         return " | ".join(lines[-5:])[-600:] or f"nothing on stderr ({self.run_dir / STDERR_FILE})"
+
+
+def launched(run_dir: Path, command: Sequence[str]) -> list[str]:
+    """The command as a child of ours that waits for the folder's lock and keeps it (`launch`)."""
+    launcher = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid())]
+    return [*launcher, str(run_dir / LOCK_FILE), str(run_dir / RECORDS_FILE), *command]
 
 
 def parse_rows(spec: RunSpec, content: bytes) -> tuple[list[dict[str, Any]], int]:

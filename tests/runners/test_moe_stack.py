@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import select
 import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bayeslr.errors import SpecError
+from bayeslr.errors import SpecError, StorageError
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe import MoeRunner
+from bayeslr_runners.moe.parts import MAX_MEMBERS, split
 from bayeslr_runners.moe.stack import stack_key
 from bayeslr_runners.moe.train import train
 from bayeslr_runners.moe.trainer import Trainer
@@ -225,3 +230,62 @@ def test_one_child_trains_all_folders(tmp_path: Path) -> None:
     assert done.returncode == SpecError.exit_code
     assert "cannot be trained as one program: seq_len is 32 and 64" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_stack_is_split_over_the_cores_evenly_and_within_bounds() -> None:
+    folders = [Path(str(i)) for i in range(37)]
+    for count in range(2, 38):
+        for num_cores in (1, 2, 3, 16):
+            parts = split(folders[:count], num_cores)
+            assert sorted(folder for part in parts for folder in part) == sorted(folders[:count])
+            sizes = [len(part) for part in parts]
+            assert 1 <= min(sizes) >= max(sizes) - 1
+            assert max(sizes) <= MAX_MEMBERS
+            assert len(parts) == count or len(parts) % num_cores == 0  # no core is left idle
+
+
+def test_the_parts_of_a_stack_do_what_separate_runs_do(tmp_path: Path) -> None:
+    runs = [replace(run, options=run.options | {"threads": 2}) for run in members()]
+    together, apart = folders(tmp_path / "parts", runs), folders(tmp_path / "one", runs)
+    done = subprocess.run(MoeRunner({}).stack_command(together), capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    for parted, alone in zip(together, apart, strict=True):
+        train(alone)
+        assert told(parted) == told(alone)
+        assert rows(parted)[-1]["loss"] == pytest.approx(rows(alone)[-1]["loss"], abs=2e-3)
+        assert rows(parted)[-1]["diagnostics"]["threads"] == 1
+
+
+def test_a_part_that_breaks_leaves_the_others_to_end(tmp_path: Path) -> None:
+    runs = [spec(name, options={"threads": 2}) for name in "abcd"]
+    paths = folders(tmp_path, runs)  # parts: a and c, b and d
+    (paths[1] / "checkpoint.pt").write_bytes(b"not a checkpoint")
+    done = subprocess.run(MoeRunner({}).stack_command(paths), capture_output=True, text=True,
+                          timeout=120, check=False)  # fmt: skip
+    assert done.returncode == StorageError.exit_code
+    assert "cannot be read" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert [rows(paths[i])[-1]["status"] for i in (0, 2)] == ["ok", "ok"]
+    assert not (paths[3] / "records.jsonl").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel ends children on Linux alone")
+def test_parts_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    runs = [spec(name, tokens=100_000_000, decay_at=(),
+                 options={"threads": 2, "checkpoint_steps": 2}) for name in "ab"]  # fmt: skip
+    paths = folders(tmp_path, runs)
+    ends, writing = os.pipe()  # read to its end once no part holds it any more
+    os.set_inheritable(writing, True)
+    process = subprocess.Popen(MoeRunner({}).stack_command(paths), close_fds=False)
+    os.close(writing)
+    deadline = time.monotonic() + 60
+    while not all((path / "checkpoint.pt").exists() for path in paths):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    readable, _, _ = select.select([ends], [], [], 30)
+    assert readable
+    assert os.read(ends, 1) == b""
+    os.close(ends)

@@ -273,7 +273,7 @@ class _Run:
                     "grad_norm": member.last.grad_norm if member.last else None,
                     "tokens_seen": tokens_seen,
                     "tokens_trained": self.position.steps_trained * self.spec.batch_tokens,
-                    "threads": self.options.num_threads,
+                    "threads": self.trainer.num_threads,
                     **member.spikes.summary(),
                 },
             )

@@ -95,6 +95,11 @@ class Trainer:
         is_gpu = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if is_gpu else "cpu"
 
+    @property
+    def num_threads(self) -> int:
+        """CPU threads of this process."""
+        return torch.get_num_threads()
+
     def step(self, number: int, lr_factor: float) -> list[Step]:
         """Take optimizer step ``number`` (from 0) at a share of the peak LR.
 
