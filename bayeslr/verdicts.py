@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
 
 
-def with_verdicts(posterior: Posterior, *, holdout: bool = True, seed: int = 1) -> Posterior:
+def with_verdicts(posterior: Posterior, *, holdout: bool = True, why_not: str = "",
+                  seed: int = 1) -> Posterior:  # fmt: skip
     """The same posterior with every check in its ``info``, as fit.json keeps them.
 
     ``info["influence"]``: what prior and runs did to each exponent; ``info["misfit"]``: how the
     runs compare with the model's; ``info["holdout"]``: how the fit predicts its own largest cells
-    without them (a refit, left out where ``holdout`` is false). None: too few runs for a check.
+    without them (a refit, left out where ``holdout`` is false; ``why_not``, a sentence, is kept as
+    ``info["no_holdout"]``). None: too few runs for a check.
     """
     misfit = check_misfit(posterior)
     info: dict[str, Any] = {
@@ -30,6 +32,8 @@ def with_verdicts(posterior: Posterior, *, holdout: bool = True, seed: int = 1) 
     if holdout:
         found = leave_largest_out(posterior, seed=seed)
         info["holdout"] = None if found is None else found.document()
+    elif why_not:
+        info["no_holdout"] = why_not
     return dataclasses.replace(posterior, info=info)
 
 
@@ -40,6 +44,8 @@ def verdict_lines(info: Mapping[str, Any]) -> list[str]:
         lines.append(str(info["holdout"]["sentence"]))
     elif "holdout" in info and info["method"] == "bayes":
         lines.append(NO_HOLDOUT)
+    elif "no_holdout" in info:
+        lines.append(str(info["no_holdout"]))
     if info.get("misfit"):
         lines.append(str(info["misfit"]["sentence"]))
     return [*lines, *influence_sentences(info)]

@@ -13,7 +13,7 @@ import math
 import sys
 import types
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,13 @@ class FakePosterior:
     num_rows: int
     trustworthy: bool = True
     max_r_hat: float = 1.0
+    seconds: float = 1.0
+    checks: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def info(self) -> dict[str, Any]:
-        return {"verdict": "so so", "diagnostics": {"max_r_hat": self.max_r_hat}}
+        diagnostics = {"max_r_hat": self.max_r_hat, "seconds": self.seconds}
+        return {"verdict": "so so", "diagnostics": diagnostics, **self.checks}
 
     def save(self, path: Path) -> None:
         path.mkdir(exist_ok=True)
@@ -105,6 +108,17 @@ def report(posterior: FakePosterior, path: Path, *, targets: Any, validation: An
     path.write_text("\n".join(["<html>", *validation]))
 
 
+def with_verdicts(
+    posterior: FakePosterior, *, holdout: bool, why_not: str, seed: int
+) -> FakePosterior:
+    checks = {"holdout": {"sentence": "It held."}} if holdout else {"no_holdout": why_not}
+    return replace(posterior, checks=checks)
+
+
+def verdict_lines(info: Mapping[str, Any]) -> list[str]:
+    return [info["holdout"]["sentence"]] if "holdout" in info else [info["no_holdout"]]
+
+
 def modules() -> dict[str, types.ModuleType]:
     """Modules by name, as `sys.modules` would hold them."""
     contents: dict[str, dict[str, Any]] = {
@@ -113,6 +127,7 @@ def modules() -> dict[str, types.ModuleType]:
         "bayeslr.acquire": {"choose": choose, "Candidate": Candidate},
         "bayeslr.posterior": {"Posterior": FakePosterior},
         "bayeslr.report": {"report": report},
+        "bayeslr.verdicts": {"with_verdicts": with_verdicts, "verdict_lines": verdict_lines},
     }
     made = {}
     for name, content in contents.items():

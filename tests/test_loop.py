@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,6 +165,30 @@ def test_a_design_that_was_killed_goes_on_with_its_step(tmp_path: Path) -> None:
     sweep(tmp_path / "parts", _strategy="classical", sweep__budget_flops=12e12)
     assert finished_runs(tmp_path / "parts") == finished_runs(tmp_path / "whole")
     assert whole.stop.kind == "done"
+
+
+@pytest.mark.parametrize(
+    ("fit_s", "run_s", "checked"),
+    [(1.0, 1.0, True), (300.0, None, True), (300.0, 3600.0, True), (300.0, 20.0, False)],
+)
+def test_the_largest_cells_are_left_out_where_that_is_worth_its_time(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    fit_s: float,
+    run_s: float | None,
+    checked: bool,
+) -> None:
+    def fit(runs: Any, *words: Any, **rest: Any) -> Any:
+        runs.frame["wall_s"] = math.nan if run_s is None else run_s
+        return dataclasses.replace(fakes.fit(runs, *words, **rest), seconds=fit_s)
+
+    monkeypatch.setattr(sys.modules["bayeslr.sampling"], "fit", fit)
+    result, _ = sweep(tmp_path, sweep__max_runs=6)
+    info = result.posterior.info
+    assert ("holdout" in info) is checked
+    if not checked:
+        assert info["no_holdout"].startswith("The largest cells were not left out")
+        assert "a fit took 300 s here, and all runs 120 s" in info["no_holdout"]
 
 
 def test_runs_that_cannot_be_fitted_fall_back_to_chance_and_say_so(
@@ -344,8 +370,6 @@ def verdict(losses: dict[float, float | None], low: float = 5e-3, high: float = 
 
 
 def parse_spec(spec: Any, lr: float) -> Any:
-    import dataclasses
-
     return dataclasses.replace(spec, lr=lr)
 
 

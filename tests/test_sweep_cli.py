@@ -40,6 +40,7 @@ def test_a_sweep_prints_a_line_a_run_and_its_answer(recipe: Path, tmp_path: Path
     assert done.stderr.count("% of budget] toy-") == 7 + 3
     assert "big: Train big with a peak LR of" in done.stdout
     assert "recommended" in done.stdout
+    assert "It held." in done.stdout
     assert "report.html, runs.parquet, predictions.csv, fit" in done.stdout
     assert "\r" not in done.stderr
 

@@ -140,6 +140,7 @@ class Lines:
 
 def _print_summary(result: SweepResult) -> None:
     from bayeslr.units import format_quantity
+    from bayeslr.verdicts import verdict_lines
 
     spent, budget = result.spent_flops, result.recipe.budget_flops
     _echo(
@@ -151,6 +152,8 @@ def _print_summary(result: SweepResult) -> None:
     rows: list[dict[str, Any]] = result.predictions.to_dict("records")  # type: ignore[assignment]
     for row in rows:
         _echo(f"{row['target_id']}: {row['sentence']}")
+    if lines := verdict_lines(result.posterior.info):
+        _echo("", "What the checks of the fit say (more in the report):", *lines)
     if result.validation is not None:
         _echo("", *result.validation.lines())
     left = [

@@ -23,54 +23,26 @@ import os
 import platform
 import socket
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from bayeslr.errors import DataError, SpecError, StorageError, UntrustworthyFit
-from bayeslr.loop.early import EarlyEnds, early_ends
-from bayeslr.loop.planning import Planner, ask_again, first_runs, table_of
+from bayeslr.errors import SpecError, StorageError
+from bayeslr.loop.ending import SweepResult as SweepResult
+from bayeslr.loop.ending import conclude, train_target
+from bayeslr.loop.planning import Planner, ask_again, first_runs
 from bayeslr.loop.status import status_of
-from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
-from bayeslr.loop.worker import Due, Progress, Stop, Worker, silent
-from bayeslr.runner_protocol import (
-    Runner,
-    Study,
-    Trial,
-    find_entry_point,
-    find_runner,
-    mask_password,
-)
+from bayeslr.loop.validation import validation_runs
+from bayeslr.loop.worker import Progress, Stop, Worker, silent
+from bayeslr.runner_protocol import Runner, Study, find_entry_point, find_runner, mask_password
 from bayeslr.space import candidates, cell_of, targets_of, weights_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
-
-if TYPE_CHECKING:
-    import pandas as pd
-
-    from bayeslr.posterior import Posterior
-    from bayeslr.runs import RunTable
 
 MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "early_ends", "validate_target")
 """What a recipe may change between two starts of one sweep."""
 
 _VERSIONED = ("bayeslr", "jax", "numpyro", "pymc", "numpy", "pandas", "optuna", "torch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class SweepResult:
-    """What a sweep leaves: runs, posterior, predictions, why it stopped, what ended early."""
-
-    recipe: Recipe
-    out: Path
-    runs: RunTable
-    posterior: Posterior
-    predictions: pd.DataFrame
-    stop: Stop
-    spent_flops: float
-    early: EarlyEnds
-    validation: Validation | None = None
 
 
 def sweep(
@@ -136,9 +108,9 @@ def sweep(
             trials = study.trials()
         finally:
             study.close()
-        result = _conclude(recipe, runner, out, trials, stop, progress)
+        result = conclude(recipe, runner, out, trials, stop, progress)
         if recipe.validate_target:
-            validation = _validate(result, runner, storage, progress)
+            validation = train_target(result, runner, storage, progress)
             result = dataclasses.replace(result, validation=validation)
         lines = result.validation.lines() if result.validation else []
         progress("writing the report", transient=True)
@@ -307,77 +279,6 @@ def changes(before: Any, after: Any, path: str = "") -> list[str]:
         parts = [changes(before.get(n), after.get(n), f"{path}.{n}".strip(".")) for n in names]
         return [change for part in parts for change in part]
     return [] if _json(before) == _json(after) else [path]
-
-
-def _conclude(
-    recipe: Recipe,
-    runner: Runner,
-    out: Path,
-    trials: Sequence[Trial],
-    stop: Stop,
-    progress: Progress,
-) -> SweepResult:
-    """Last fit and predictions of a sweep that has stopped."""
-    if not any(t.state in ("ok", "diverged") for t in trials):
-        reasons = {t.status_reason for t in trials if t.finished and not t.void}
-        raise DataError(
-            f"sweep {recipe.name}: no run came to anything ({'; '.join(sorted(reasons))[:600]}); "
-            f"see {out / 'runs'}/*/stderr.log, mend the cause, repeat with --retry"
-        )
-    from bayeslr.predict import predict
-    from bayeslr.sampling import fit
-
-    table = table_of(trials, recipe)
-    table.write(out / "runs.parquet")
-    progress(f"fitting {len(table)} rows", transient=True)
-    method = "two-stage" if recipe.strategy == "classical" else "bayes"
-    posterior = fit(table, recipe.prior, seed=recipe.seed, method=method)
-    posterior.save(out / "fit")
-    predictions = predict(posterior, targets_of(recipe, runner))
-    predictions.to_csv(out / "predictions.csv", index=False)
-    return SweepResult(
-        recipe=recipe,
-        out=out,
-        runs=table,
-        posterior=posterior,
-        predictions=predictions,
-        stop=stop,
-        spent_flops=math.fsum(t.flops for t in trials),
-        early=early_ends(trials, posterior),
-    )
-
-
-def _validate(
-    result: SweepResult, runner: Runner, storage: str | None, progress: Progress
-) -> Validation:
-    """Train the first target for real; killed and started again it resumes like the sweep."""
-    recipe, out = result.recipe, result.out
-    target = targets_of(recipe, runner)[0]
-    prediction = result.predictions.to_dict("records")[0]
-    if not math.isfinite(float(prediction["lr"])):
-        raise UntrustworthyFit(str(result.posterior.info["verdict"]))
-    runs = validation_runs(recipe, runner, target, float(prediction["lr"]))
-    flops = math.fsum(run.flops for run in runs)
-    progress(validation_summary(recipe, target, flops))
-    own = dataclasses.replace(
-        recipe, name=f"{recipe.name}.validation", budget_flops=flops, max_runs=len(runs)
-    )
-    study: Study = find_entry_point("bayeslr.studies", "optuna")(storage, own.name, out, own)
-
-    def plan(_: Sequence[Trial], batch: int) -> list[Due] | Stop:
-        return Stop(kind="done", reason="the target's runs have ended") if batch else runs
-
-    try:
-        worker = Worker(
-            study, runner, out / "runs", slots=recipe.workers, plan=plan, progress=progress
-        )
-        worker.run()
-        validation = validate(study.trials(), {str(k): v for k, v in prediction.items()})
-    finally:
-        study.close()
-    text = json.dumps(validation.document(), indent=2, allow_nan=False)
-    (out / "validation.json").write_text(text + "\n", encoding="utf-8")
-    return validation
 
 
 @contextlib.contextmanager

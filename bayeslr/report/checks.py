@@ -45,8 +45,8 @@ def marks(info: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
         rows.append({"mark": mark, "good": good, "text": holdout["sentence"]})
     else:
-        text = NO_HOLDOUT if "holdout" in info else (
-            "The largest cells were not left out and predicted (bayeslr fit does it)."
+        text = NO_HOLDOUT if "holdout" in info else info.get(
+            "no_holdout", "The largest cells were not left out and predicted (bayeslr fit does it)."
         )  # fmt: skip
         rows.append({"mark": "Not held out", "good": None, "text": text})
     if misfit:

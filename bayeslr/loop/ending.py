@@ -1,0 +1,132 @@
+"""How a sweep ends: the last fit with its checks, the predictions, the target's own runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bayeslr.errors import DataError, UntrustworthyFit
+from bayeslr.loop.early import EarlyEnds, early_ends
+from bayeslr.loop.planning import table_of
+from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
+from bayeslr.loop.worker import Due, Progress, Stop, Worker
+from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point
+from bayeslr.space import targets_of
+from bayeslr.specs import Recipe
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from bayeslr.posterior import Posterior
+    from bayeslr.runs import RunTable
+
+_FREE_SECONDS, _SHARE_OF_TRAINING = 60.0, 0.1
+"""The refit without the largest cells takes about as long as the last fit. It is made where that
+took no longer than this, or than this share of the time the runs took."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a sweep leaves: runs, posterior, predictions, why it stopped, what ended early."""
+
+    recipe: Recipe
+    out: Path
+    runs: RunTable
+    posterior: Posterior
+    predictions: pd.DataFrame
+    stop: Stop
+    spent_flops: float
+    early: EarlyEnds
+    validation: Validation | None = None
+
+
+def conclude(
+    recipe: Recipe,
+    runner: Runner,
+    out: Path,
+    trials: Sequence[Trial],
+    stop: Stop,
+    progress: Progress,
+) -> SweepResult:
+    """Last fit and predictions of a sweep that has stopped."""
+    if not any(t.state in ("ok", "diverged") for t in trials):
+        reasons = {t.status_reason for t in trials if t.finished and not t.void}
+        raise DataError(
+            f"sweep {recipe.name}: no run came to anything ({'; '.join(sorted(reasons))[:600]}); "
+            f"see {out / 'runs'}/*/stderr.log, mend the cause, repeat with --retry"
+        )
+    from bayeslr.predict import predict
+    from bayeslr.sampling import fit
+
+    table = table_of(trials, recipe)
+    table.write(out / "runs.parquet")
+    progress(f"fitting {len(table)} rows", transient=True)
+    method = "two-stage" if recipe.strategy == "classical" else "bayes"
+    posterior = fit(table, recipe.prior, seed=recipe.seed, method=method)
+    posterior = _checked(posterior, table, recipe.seed, progress)
+    posterior.save(out / "fit")
+    predictions = predict(posterior, targets_of(recipe, runner))
+    predictions.to_csv(out / "predictions.csv", index=False)
+    return SweepResult(
+        recipe=recipe,
+        out=out,
+        runs=table,
+        posterior=posterior,
+        predictions=predictions,
+        stop=stop,
+        spent_flops=math.fsum(t.flops for t in trials),
+        early=early_ends(trials, posterior),
+    )
+
+
+def _checked(posterior: Posterior, table: RunTable, seed: int, progress: Progress) -> Posterior:
+    """The last fit with every check that a fit gets, the refit only where it is worth its time."""
+    from bayeslr.verdicts import with_verdicts
+
+    fitted_s = float(posterior.info["diagnostics"].get("seconds", 0.0))
+    trained_s = float(table.frame.groupby("run_id")["wall_s"].max().sum())  # 0: not known
+    holdout = not (fitted_s > _FREE_SECONDS and 0 < trained_s < fitted_s / _SHARE_OF_TRAINING)
+    why_not = (
+        "The largest cells were not left out and predicted: a fit took "
+        f"{fitted_s:.0f} s here, and all runs {trained_s:.0f} s. bayeslr fit runs.parquet does it."
+    )
+    progress("checking the fit", transient=True)
+    return with_verdicts(posterior, holdout=holdout, why_not=why_not, seed=seed)
+
+
+def train_target(
+    result: SweepResult, runner: Runner, storage: str | None, progress: Progress
+) -> Validation:
+    """Train the first target for real; killed and started again it resumes like the sweep."""
+    recipe, out = result.recipe, result.out
+    target = targets_of(recipe, runner)[0]
+    prediction = result.predictions.to_dict("records")[0]
+    if not math.isfinite(float(prediction["lr"])):
+        raise UntrustworthyFit(str(result.posterior.info["verdict"]))
+    runs = validation_runs(recipe, runner, target, float(prediction["lr"]))
+    flops = math.fsum(run.flops for run in runs)
+    progress(validation_summary(recipe, target, flops))
+    own = dataclasses.replace(
+        recipe, name=f"{recipe.name}.validation", budget_flops=flops, max_runs=len(runs)
+    )
+    study: Study = find_entry_point("bayeslr.studies", "optuna")(storage, own.name, out, own)
+
+    def plan(_: Sequence[Trial], batch: int) -> list[Due] | Stop:
+        return Stop(kind="done", reason="the target's runs have ended") if batch else runs
+
+    try:
+        worker = Worker(
+            study, runner, out / "runs", slots=recipe.workers, plan=plan, progress=progress
+        )
+        worker.run()
+        validation = validate(study.trials(), {str(k): v for k, v in prediction.items()})
+    finally:
+        study.close()
+    text = json.dumps(validation.document(), indent=2, allow_nan=False)
+    (out / "validation.json").write_text(text + "\n", encoding="utf-8")
+    return validation
