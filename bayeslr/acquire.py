@@ -9,6 +9,7 @@ loss-token law, so that a run is worth its cost while the FLOPs it saves exceed 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,10 +52,14 @@ _REACHES, _LEAST_SD = (0.75, 1.5), 0.35
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A run that could be paid for, and what it would cost in FLOPs."""
+    """A run that could be paid for, and what it would cost in FLOPs.
+
+    ``repeat``: it was made before, with another seed.
+    """
 
     spec: RunSpec
     flops: float
+    repeat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +67,8 @@ class Proposal:
     """A run to pay for.
 
     ``saves_nats`` is the expected fall of the targets' mean regret, ``saves_flops`` the same as
-    compute of the targets, both given the proposals before it. ``p_diverge`` is the run's own.
+    compute of the targets, both given the proposals before it. ``p_diverge`` is the run's own;
+    ``repeat`` is the candidate's.
     """
 
     spec: RunSpec
@@ -71,6 +77,7 @@ class Proposal:
     saves_flops: float
     p_diverge: float
     reason: str
+    repeat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -308,6 +315,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
         together = f"; {len(group)} LRs of one slice together" if len(group) > 1 else ""
         # What is cut off here is proposed again by the next choice, if it still pays.
         for i in group[: num_runs - len(proposals)]:
+            again = "; again with another seed" if candidates[i].repeat else ""
             proposals.append(
                 Proposal(
                     spec=candidates[i].spec,
@@ -318,8 +326,9 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                     reason=(
                         f"lowers the expected regret at the targets by {gains[best]:.2g} nats, "
                         f"worth {format_quantity(saves_flops)} FLOPs there, for "
-                        f"{format_quantity(cost[best])}{together}"
+                        f"{format_quantity(cost[best])}{together}{again}"
                     ),
+                    repeat=candidates[i].repeat,
                 )
             )
             beliefs.observe(i)
@@ -357,17 +366,31 @@ def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
          num_runs: int | None = None, seed: int | None = None) -> Plan:  # fmt: skip
     """The next runs of a recipe's space within a budget; all that pay, unless ``num_runs``.
 
-    Runs that the posterior has seen are not proposed again.
+    A run that the posterior has seen is a candidate only with another seed, a repeat that averages
+    its noise out.
     """
     runner = find_runner(recipe)
     seen = _seen(posterior)
-    pool = [p for p in candidates_of(recipe, runner) if not _keys(p.spec) <= seen]
+    fresh = [p for p in candidates_of(recipe, runner) if not _keys(p.spec) <= seen]
+    next_seed = {**recipe.run, "seed": _last_seed(posterior, recipe) + 1}
+    again = [
+        p for p in candidates_of(dataclasses.replace(recipe, run=next_seed), runner)
+        if _keys(p.spec) <= seen
+    ]  # fmt: skip
+    pool = [Candidate(spec=p.spec, flops=p.flops) for p in fresh]
+    pool += [Candidate(spec=p.spec, flops=p.flops, repeat=True) for p in again]
     return choose(
         posterior,
-        [Candidate(spec=priced.spec, flops=priced.flops) for priced in pool],
+        pool,
         targets_of(recipe, runner),
         num_runs=num_runs if num_runs is not None else len(pool),
         budget_flops=budget_flops,
         seed=recipe.seed if seed is None else seed,
         weights=weights_of(recipe),
     )
+
+
+def _last_seed(posterior: Posterior, recipe: Recipe) -> int:
+    """Largest seed among the runs seen, the recipe's own included."""
+    seeds = [] if posterior.runs is None else posterior.runs.frame["seed"].dropna().tolist()
+    return int(max([recipe.run.get("seed", 0), *seeds]))

@@ -200,8 +200,35 @@ def test_a_plan_proposes_what_was_not_run(posterior: Posterior) -> None:
         mine = {(spec.n_active, d, spec.batch_tokens, round(math.log(spec.lr), 3))
                 for d in spec.decay_at}  # fmt: skip
         assert not mine <= seen
+        assert not proposal.repeat
     cheap = plan(posterior, recipe, budget_flops=1e17, num_runs=4)
     assert sum(p.flops for p in cheap.proposals) <= 1e17
+
+
+def test_a_plan_repeats_runs_with_another_seed_and_says_so(posterior: Posterior) -> None:
+    """Nothing new is on offer, and the optimum is as unknown as before the runs."""
+    assert posterior.runs is not None
+    frame = posterior.runs.frame.assign(seed=4.0)
+    cell = frame[(frame["n_active"] == SIZES[0]) & (frame["tokens"] == TOKENS[0])]
+    made = cell[(cell["batch_tokens"] == BATCHES[0]) & (cell["status"] == "ok")]
+    low, high = float(made["lr"].min()), float(made["lr"].max())
+    document = space_recipe()
+    space = document["space"]
+    lr = {"low": low, "high": high, "per_octave": (len(made) - 1) / math.log2(high / low)}
+    space |= {"tokens": [int(TOKENS[0])], "batch_tokens": [int(BATCHES[0])], "lr": lr,
+              "shapes": space["shapes"][:1]}  # fmt: skip
+    runs = dataclasses.replace(posterior.runs, frame=frame)
+    unsure = dataclasses.replace(prior_posterior("moe-default", num_draws=600), runs=runs)
+    found = plan(unsure, parse_recipe(document), budget_flops=1e21)
+    assert len(found.proposals) >= 2
+    for proposal in found.proposals:
+        assert proposal.repeat
+        assert proposal.spec.seed == 5
+        assert "again with another seed" in proposal.reason
+    # Where the runs have told what there is to know, they are not repeated.
+    known = plan(dataclasses.replace(posterior, runs=runs), parse_recipe(document),
+                 budget_flops=1e21)  # fmt: skip
+    assert not known.proposals
 
 
 def test_a_recipes_weights_steer_the_plan_and_are_checked(posterior: Posterior) -> None:

@@ -261,6 +261,7 @@ def test_failed_runs_are_made_again_with_retry(
     assert states[:6] == ["failed"] * 6
     assert set(states[6:]) == {"ok"}
     assert len({t.spec.run_id for t in study.trials()[:12]}) == 6
+    assert all(t.reason.startswith("again, for it was failed") for t in study.trials()[6:12])
     assert result.spent_flops <= 12e12
 
 

@@ -84,8 +84,8 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
         (
             str(p.spec.shape.get("name", format_quantity(p.spec.n_active))),
             format_quantity(p.spec.tokens), format_quantity(p.spec.batch_tokens),
-            f"{p.spec.lr:.3g}", format_quantity(p.flops), f"{p.saves_nats:.2g}",
-            format_quantity(p.saves_flops), f"{100 * p.p_diverge:.0f} %",
+            f"{p.spec.lr:.3g}{'*' if p.repeat else ''}", format_quantity(p.flops),
+            f"{p.saves_nats:.2g}", format_quantity(p.saves_flops), f"{100 * p.p_diverge:.0f} %",
         )
         for p in found.proposals
     ]  # fmt: skip
@@ -94,6 +94,8 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     for number, row in enumerate(cells):
         first = f"{number:>4}" if number else "    "
         lines.append("  ".join([first, *(c.rjust(w) for c, w in zip(row, widths, strict=True))]))
+    if any(p.repeat for p in found.proposals):
+        lines.append("   * made before; again with another seed, against the noise")
     cost = sum(p.flops for p in found.proposals)
     saved = sum(p.saves_flops for p in found.proposals)
     count = len(found.proposals)
