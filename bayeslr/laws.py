@@ -6,9 +6,13 @@ Each works on NumPy arrays and on PyTensor tensors alike: ``xp`` is the module w
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+# What `noise_scale` asks for, in the order of a card; the last is one for all families.
+NOISE = ("noise_sd", "noise_batch", "noise_tokens", "noise_side", "noise_share")
 
 # How sharply the two slopes of the batch knee meet: the bend is over within an e-fold of batch.
 KNEE_SHARPNESS = 2.0
@@ -34,6 +38,30 @@ def valley_excess(u: Any, curvature: Any, skew: Any, xp: Any = np) -> Any:
     curvature: nats per unit of u squared at the bottom, so that excess = curvature u^2 there.
     """
     return 2.0 * curvature * linex(u, skew, xp)
+
+
+def noise_scale(
+    excess: Any,
+    u: Any,
+    d_log_batch: Any,
+    d_log_tokens: Any,
+    p: Mapping[str, Any],
+    loss_se: Any,
+    xp: Any = np,
+) -> Any:
+    """Scale of a final loss about its expectation, nats, at u = ln(LR / LR*).
+
+    ``noise_sd`` of ``p`` is that of equal runs at the bottom of the valley, at the mean batch and
+    tokens. It grows with the excess over the floor by ``noise_share``, for a valley is no exact
+    bowl; with batch and tokens like powers, ``noise_batch`` and ``noise_tokens``; and from below
+    the optimum to above by ``exp(2 noise_side)``. ``loss_se`` is the error of measuring.
+    """
+    widening = (
+        p["noise_batch"] * d_log_batch + p["noise_tokens"] * d_log_tokens
+        + p["noise_side"] * xp.tanh(u)
+    )  # fmt: skip
+    own = p["noise_sd"] ** 2 + (p["noise_share"] * excess) ** 2
+    return xp.sqrt(xp.exp(2.0 * widening) * own + loss_se**2)
 
 
 def softplus(x: Any, xp: Any = np) -> Any:

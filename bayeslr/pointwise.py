@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
-from bayeslr.priors import SLOPES
+from bayeslr.priors import PER_FAMILY, SLOPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,15 +60,19 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
     excess = laws.valley_excess(
         offset, np.exp(value("log_curvature", s)), np.exp(value("log_skew", g))
     )
-    scale = np.sqrt(
-        value("noise_sd", g) ** 2 + design.loss_se[runs] ** 2
-        + (value("noise_share") * excess) ** 2
+    mid = posterior.info["centre"]
+    of_family = {
+        name: value(name, g if name in PER_FAMILY else None) for name in laws.NOISE
+    }  # fmt: skip
+    scale = laws.noise_scale(
+        excess, offset, design.log_batch[s] - mid["log_batch"],
+        design.log_tokens[c] - mid["log_tokens"], of_family, design.loss_se[runs],
     )  # fmt: skip
     slopes = posterior.flat("family_slope")[draws]
     below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
     best_batch = value("best_batch", c)
     knee = laws.batch_knee(design.log_batch[s] - best_batch, below, above)
-    at_mean = laws.batch_knee(posterior.info["centre"]["log_batch"] - best_batch, below, above)
+    at_mean = laws.batch_knee(mid["log_batch"] - best_batch, below, above)
     edge = (
         value("lr_cell", c) + at_mean + value("edge_batch") * (knee - at_mean)
         + np.exp(value("log_edge_offset", g))

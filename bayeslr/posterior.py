@@ -45,9 +45,9 @@ class Gate:
     max_divergent_share: float
 
 
-# R-hat as in Vehtari et al. 2021 (arXiv 1903.08008, section 4); 200 effective draws place a
-# quantile to a tenth of an sd. A loop asks which run is worth more, and is soon asked again.
-REPORT_GATE = Gate(max_r_hat=1.02, min_effective_draws=200.0, max_divergent_share=0.02)
+# Vehtari et al. 2021 (arXiv 1903.08008, section 4): R-hat at most 1.01, 400 effective draws. A loop
+# asks which run is worth more, and is soon asked again.
+REPORT_GATE = Gate(max_r_hat=1.01, min_effective_draws=400.0, max_divergent_share=0.02)
 LOOP_GATE = Gate(max_r_hat=1.05, min_effective_draws=60.0, max_divergent_share=0.05)
 
 

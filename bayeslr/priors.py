@@ -151,6 +151,9 @@ PARAMETERS: dict[str, str] = {
     "penalty_tokens": "exponent of the batch penalty in tokens",
     "noise_sd": "seed noise of a final loss",
     "noise_share": "misfit of the valley as a share of the excess",
+    "noise_batch": "exponent of the noise in batch",
+    "noise_tokens": "exponent of the noise in tokens",
+    "noise_side": "log of the noise far above LR* over that near it",
     "noise_dof": "degrees of freedom of the noise, above one",
 }
 
@@ -160,7 +163,7 @@ SLOPES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch
 # Drawn once a family, from the card, independently: losses of two families are not comparable.
 PER_FAMILY = (
     "loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens",
-    "penalty_scale", "noise_sd",
+    "penalty_scale", "noise_sd", "noise_batch", "noise_tokens", "noise_side",
 )  # fmt: skip
 
 # What the posterior keeps beyond the parameters of the card, and the index of each.

@@ -86,8 +86,8 @@ def made_up_posterior(families: tuple[str, ...] = ("one",), *, r_hat: bool = Tru
     runs = made_up_runs(families)
     design, card = build_design(runs), load_prior("moe-default")
     rng = np.random.default_rng(5)
-    chains = (2, 200)
-    draws = {name: entry.draw(rng, 400).reshape(chains) for name, entry in card.parameters.items()}
+    chains = (2, 500)
+    draws = {name: entry.draw(rng, 1000).reshape(chains) for name, entry in card.parameters.items()}
     sizes = {
         "family": len(families), "slope": len(SLOPES), "shape": design.num_shapes,
         "cell": design.num_cells, "slice": design.num_slices,

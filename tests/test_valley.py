@@ -13,11 +13,17 @@ from scipy import stats
 from bayeslr import laws
 from bayeslr.features import build_design
 from bayeslr.models import simulate, valley
+from bayeslr.models.compiled import CompiledModel, compile_model
 from bayeslr.models.simulate import PlannedSlice
 from bayeslr.priors import Prior
 from bayeslr.runs import RunTable, concat, make_table
-from bayeslr.sampling import CompiledModel, _data_start, compile_model, configure_jax
+from bayeslr.sampling import _data_start, configure_jax
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
+
+LOSS_LAW = (
+    "loss_irreducible", "loss_n_active", "loss_tokens", "loss_exponent_n_active",
+    "loss_exponent_tokens",
+)  # fmt: skip
 
 Point = Mapping[str, NDArray[np.float64]]
 
@@ -47,7 +53,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     total = 0.0
     p: dict[str, Any] = {}
     for name, entry in card.parameters.items():
-        if name in ("loss_irreducible", "diverged_loss"):
+        if name in (*LOSS_LAW, "diverged_loss"):
             continue
         if entry.kind == "normal":
             p[name] = point[name]
@@ -114,10 +120,16 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     slope_h = effect(
         "lr_tokens_shape", slope[g, 2], "lr_tokens_shape_sd", arrays["shape_has_slope"]
     )
-    irreducible = point["loss_level"] - p["loss_n_active"] - p["loss_tokens"]
-    entry = card["loss_irreducible"]
-    total += np.sum(stats.lognorm.logpdf(irreducible, entry.scale, scale=entry.location))
-    loss_law = point["loss_level"][g] - p["loss_n_active"][g] * (
+    loss_level = np.exp(point["log_loss_level"])
+    odds = np.exp(point["loss_ratio"])
+    p["loss_irreducible"] = loss_level / (1 + odds.sum(axis=0))
+    p["loss_n_active"], p["loss_tokens"] = odds * p["loss_irreducible"]
+    slopes = np.exp(point["log_loss_slope"])
+    p["loss_exponent_n_active"] = slopes[0] / p["loss_n_active"]
+    p["loss_exponent_tokens"] = slopes[1] / p["loss_tokens"]
+    for name in LOSS_LAW:
+        total += np.sum(normal(np.log(p[name] / card[name].location), 0, card[name].scale))
+    loss_law = loss_level[g] - p["loss_n_active"][g] * (
         1 - np.exp(-p["loss_exponent_n_active"][g] * d_n)
     )
     loss_h = effect("loss_shape", loss_law, "loss_shape_sd", arrays["shape_has_floor"])
@@ -125,7 +137,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     best_batch = effect(
         "best_batch",
         batch_level[gc] + p["best_batch_n_active"] * d_nc + p["best_batch_tokens"] * d_d,
-        "best_batch_cell_sd", arrays["cell_has_lr"],
+        "best_batch_cell_sd", arrays["cell_has_batch"],
     )  # fmt: skip
     early = arrays["cell_unannealed"]
     lr_c = effect(
@@ -162,8 +174,14 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     gr = gs[s]
     x = np.exp(log_skew)[gr] * (arrays["run_log_lr"] - lr_opt[s])
     excess = 2 * np.exp(bend)[s] * (np.exp(x) - 1 - x) / np.exp(log_skew)[gr] ** 2
+    widened = np.exp(
+        p["noise_batch"][gr] * (arrays["slice_log_batch"] - mid_batch)[s]
+        + p["noise_tokens"][gr] * d_d[c][s]
+        + p["noise_side"][gr] * np.tanh(arrays["run_log_lr"] - lr_opt[s])
+    )
     sd = np.sqrt(
-        p["noise_sd"][gr] ** 2 + arrays["run_loss_se"] ** 2 + (p["noise_share"] * excess) ** 2
+        widened**2 * (p["noise_sd"][gr] ** 2 + (p["noise_share"] * excess) ** 2)
+        + arrays["run_loss_se"] ** 2
     )
     for i in np.flatnonzero(arrays["run_has_loss"]):
         total += stats.t.logpdf(
@@ -178,9 +196,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
 
 
 def random_point(compiled: CompiledModel, rng: np.random.Generator) -> NDArray[np.float64]:
-    x = compiled.start + 0.2 * rng.normal(size=compiled.size)
-    x[compiled.index("loss_level")] += 3.0  # Above what parameters and tokens remove.
-    return np.asarray(x)
+    return np.asarray(compiled.start + 0.2 * rng.normal(size=compiled.size))
 
 
 def named(compiled: CompiledModel, x: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -216,7 +232,7 @@ def test_log_density_equals_an_independent_computation(
 
 def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, card: Prior) -> None:
     names = {name.removesuffix("_log__") for name in compiled.names}
-    assert set(card.parameters) - names == {"loss_irreducible", "diverged_loss"}
+    assert set(card.parameters) - names == {*LOSS_LAW, "diverged_loss"}
 
 
 def test_regressors_are_centred_on_the_data(arrays: valley.Arrays) -> None:
@@ -306,6 +322,16 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
         for name in compiled.names:
             if name == "lr_anchor":
                 value = anchor
+            elif name == "log_loss_level":
+                value = np.log(truth["loss_level"])
+            elif name == "loss_ratio":
+                parts = np.stack([truth["loss_n_active"], truth["loss_tokens"]])
+                value = np.log(parts / (truth["loss_level"] - parts.sum(axis=0)))
+            elif name == "log_loss_slope":
+                value = np.log([
+                    truth[f"loss_{of}"] * truth[f"loss_exponent_{of}"]
+                    for of in ("n_active", "tokens")
+                ])  # fmt: skip
             elif name.endswith("_raw"):
                 value = centred[name.removesuffix("_raw")]
             elif name.endswith("_log__"):

@@ -228,6 +228,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "loss_shape": loss_at_shape - loss_law,
         "best_batch": best_batch, "lr_cell": lr_cell, "loss_cell": loss_cell,
         "lr_opt": lr_opt, "log_curvature": log_curvature, "floor": floor,
+        "_d_log_batch": design.log_batch - centre["log_batch"], "_d_log_tokens": d_d,
         "_edge": lr_cell[c] + zero_knee + p["edge_batch"] * (knee - zero_knee)
         + np.exp(log_edge_offset[g]),
         "_family": g.astype(float),
@@ -273,11 +274,11 @@ def _outcomes(log_lr: FloatArray, planned: PlannedSlice, s: int, truth: Mapping[
               rng: np.random.Generator) -> tuple[FloatArray, NDArray[np.bool_]]:  # fmt: skip
     """Losses in nats and whether each run diverged, (run,), in slice ``s`` of the truth."""
     g = int(truth["_family"][s])
-    excess = laws.valley_excess(
-        log_lr - truth["lr_opt"][s], np.exp(truth["log_curvature"][s]), np.exp(truth["log_skew"][g])
-    )
-    sd = np.sqrt(
-        truth["noise_sd"][g] ** 2 + planned.loss_se**2 + (truth["noise_share"] * excess) ** 2
+    u = log_lr - truth["lr_opt"][s]
+    excess = laws.valley_excess(u, np.exp(truth["log_curvature"][s]), np.exp(truth["log_skew"][g]))
+    of_family = {name: truth[name][g] if name in PER_FAMILY else truth[name] for name in laws.NOISE}
+    sd = laws.noise_scale(
+        excess, u, truth["_d_log_batch"][s], truth["_d_log_tokens"][s], of_family, planned.loss_se
     )
     noise = rng.standard_t(1.0 + truth["noise_dof"], size=len(log_lr))
     logit = np.clip((log_lr - truth["_edge"][s]) / truth["edge_width"], -500, 500)

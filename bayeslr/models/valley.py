@@ -39,6 +39,23 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, NDArray[Any]]
 
+# Effects of groups: the array of shares by which each is centred, and the sd between groups.
+EFFECTS = {
+    "family_slope": ("family_has_slope", "lr_slope_family_sd"),
+    "lr_shape": ("shape_has_lr", "lr_shape_sd"),
+    "lr_tokens_shape": ("shape_has_slope", "lr_tokens_shape_sd"),
+    "loss_shape": ("shape_has_floor", "loss_shape_sd"),
+    "best_batch": ("cell_has_batch", "best_batch_cell_sd"),
+    "lr_cell": ("cell_has_lr", "lr_cell_sd"),
+    "loss_cell": ("cell_has_floor", "loss_cell_sd"),
+    "lr_opt": ("slice_has_lr", "lr_slice_sd"),
+    "curvature_slice": ("slice_has_curvature", "curvature_slice_sd"),
+    "floor": ("slice_has_floor", "loss_slice_sd"),
+}
+
+# The loss-token law of a family: sampled as what the data tell, its level and its slopes.
+_LOSS_LAW = ("loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens")
+
 # Known through the levels below, or with a potential of their own.
 _NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
 
@@ -81,6 +98,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "slice_has_curvature": runs_in_slice / (runs_in_slice + 10.0),
         "slice_has_floor": runs_in_slice / (runs_in_slice + 0.5),
         "cell_shape": shape_of_cell,
+        "cell_has_batch": slices_in_cell / (slices_in_cell + 3.0),
         "cell_has_lr": slices_in_cell / (slices_in_cell + 3.0),
         "cell_has_floor": slices_in_cell / (slices_in_cell + 0.5),
         "shape_family": design.family_of_shape,
@@ -165,6 +183,36 @@ def _effect(name: str, mean: Any, sd: Any, centring: Any, size: Any) -> Any:
     return mean + sd ** (1.0 - centring) * (raw - centring * mean)
 
 
+def _loss_law(prior: Prior, num_families: int) -> tuple[Any, dict[str, Any]]:
+    """Loss at the centre of the data and the four parameters of its law, each (family,).
+
+    The card speaks of three parts, those that parameters, tokens and nothing remove, and of two
+    exponents. Data tell their sum and the two slopes, part times exponent. Those are sampled,
+    beside how the sum is shared: no ridge runs along a wall. In logs both changes of variables
+    have a Jacobian of one.
+    """
+    log_level = pm.Flat("log_loss_level", shape=num_families)
+    log_ratio = pm.Flat("loss_ratio", shape=(2, num_families))
+    log_slope = pm.Flat("log_loss_slope", shape=(2, num_families))
+    log_total = laws.softplus(log_ratio[0], pt) + laws.softplus(
+        log_ratio[1] - laws.softplus(log_ratio[0], pt), pt
+    )
+    log_part = log_level - log_total + log_ratio
+    log_exponent = log_slope - log_part
+    logs = {
+        "loss_n_active": log_part[0], "loss_tokens": log_part[1],
+        "loss_exponent_n_active": log_exponent[0], "loss_exponent_tokens": log_exponent[1],
+    }  # fmt: skip
+    total = 0.0
+    for name, value in [*logs.items(), ("loss_irreducible", log_level - log_total)]:
+        of = pm.Normal.dist(np.log(prior[name].location), prior[name].scale)
+        total += pm.logp(of, value).sum()
+    pm.Potential("loss_law_prior", total)
+    return pm.Deterministic("loss_level", pt.exp(log_level)), {
+        name: pm.Deterministic(name, pt.exp(value)) for name, value in logs.items()
+    }
+
+
 def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
     """PyMC model of the table behind ``arrays`` (from `model_data`) under a prior card.
 
@@ -181,7 +229,12 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         slice_family = cell_family[slice_cell]
         p = {
             name: _variable(name, prior) for name in prior.parameters if name not in _NOT_PLAIN
-        } | {name: _variable(name, prior, shape=num_families) for name in PER_FAMILY}
+        } | {
+            name: _variable(name, prior, shape=num_families)
+            for name in PER_FAMILY if name not in _LOSS_LAW
+        }  # fmt: skip
+        loss_level, loss_law = _loss_law(prior, num_families)
+        p |= loss_law
 
         # Population to family. Levels are stated at the centre of the data, so that they do not
         # trade off against the exponents; the card's intercept is carried there by the exponents.
@@ -256,15 +309,6 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             num_shapes,
         )
         pm.Deterministic("lr_tokens_shape", lr_tokens_h - slope_h[:, 2])
-        loss_level = pm.Flat("loss_level", shape=num_families)
-        irreducible = prior["loss_irreducible"]
-        pm.Potential(
-            "loss_irreducible_prior",
-            pm.logp(
-                pm.LogNormal.dist(np.log(irreducible.location), irreducible.scale),
-                loss_level - p["loss_n_active"] - p["loss_tokens"],
-            ).sum(),
-        )
         loss_law_h = loss_level[shape_family] + by_shape["loss_n_active"] * pt.expm1(
             -by_shape["loss_exponent_n_active"] * data["shape_d_n_active"]
         )
@@ -283,7 +327,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
                 + p["best_batch_n_active"] * d_n
                 + p["best_batch_tokens"] * d_d,
                 p["best_batch_cell_sd"],
-                data["cell_has_lr"],
+                data["cell_has_batch"],
                 num_cells,
             ),
         )
@@ -350,9 +394,11 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         u = data["run_log_lr"] - lr_opt[run_slice]
         skew = pt.exp(log_skew)[run_family]
         excess = laws.valley_excess(u, pt.exp(log_curvature)[run_slice], skew, pt)
-        noise = pt.sqrt(
-            p["noise_sd"][run_family] ** 2 + data["run_loss_se"] ** 2
-            + (p["noise_share"] * excess) ** 2
+        noise_of = {name: p[name][run_family] for name in laws.NOISE if name in PER_FAMILY}
+        noise = laws.noise_scale(
+            excess, u, (data["slice_log_batch"] - data["centre"][3])[run_slice],
+            d_d[slice_cell][run_slice], {"noise_share": p["noise_share"], **noise_of},
+            data["run_loss_se"], pt,
         )  # fmt: skip
         loss_logp = pm.logp(
             pm.StudentT.dist(nu=1.0 + p["noise_dof"], mu=floor[run_slice] + excess, sigma=noise),

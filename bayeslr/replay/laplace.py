@@ -14,6 +14,7 @@ import numpy as np
 from bayeslr import sampling
 from bayeslr.features import build_design
 from bayeslr.models import valley
+from bayeslr.models.compiled import compiled_model
 from bayeslr.posterior import LOOP_GATE, Posterior, make_posterior
 from bayeslr.priors import Prior, load_prior
 
@@ -39,7 +40,7 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
     own = valley.sizes_of(design)
     padded = sampling.padded({level: max(size, sizes.get(level, 0)) for level, size in own.items()})
     arrays = valley.model_data(design, padded)
-    compiled = sampling.compiled_model(arrays, card, len(design.families))
+    compiled = compiled_model(arrays, card, len(design.families))
     mode, hessian = sampling.find_mode(compiled, arrays, card)
     for name in sampling.SCALES:
         at = compiled.index(f"{name}_log__")

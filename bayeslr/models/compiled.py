@@ -1,0 +1,145 @@
+"""The valley model as JAX functions of one flat vector: its log density, draws of what it reports.
+
+Compiled once with its data as arguments, so that every table of the same padded sizes reuses it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bayeslr.models import valley
+from bayeslr.priors import OUTPUTS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from numpy.typing import NDArray
+
+    from bayeslr.priors import Prior
+
+    FloatArray = NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledModel:
+    """A model as JAX functions of one flat vector and of its data.
+
+    names, shapes: value variables in order. ``log_density(x, data)`` is a scalar, ``outputs(x,
+    data)`` the free variables and deterministics by name.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    start: FloatArray
+    log_density: Callable[[Any, Sequence[Any]], Any]
+    outputs: Callable[[Any, Sequence[Any]], dict[str, Any]]
+    value_and_grad: Callable[[Any, Sequence[Any]], Any]
+    sampler: dict[tuple[int, ...], Any]
+
+    def draws(self, x: FloatArray, data: Sequence[Any]) -> dict[str, FloatArray]:
+        """Reported variables by name, each (chain, draw, ...), at x (chain, draw, parameter)."""
+        found = self.outputs(x.reshape(-1, self.size), data)
+        return {
+            name: np.asarray(values).reshape(x.shape[:2] + values.shape[1:])
+            for name, values in found.items()
+        }
+
+    @property
+    def size(self) -> int:
+        """Number of unconstrained parameters."""
+        return len(self.start)
+
+    @property
+    def order(self) -> NDArray[np.int64]:
+        """Positions of the global parameters, then of the effects (variables named ``*_raw``)."""
+        effects = [self.index(name) for name in self.names if name.endswith("_raw")]
+        local = np.concatenate(effects)
+        return np.concatenate([np.setdiff1d(np.arange(self.size), local), local])
+
+    @property
+    def num_global(self) -> int:
+        """Number of parameters that are no effect of a group."""
+        return sum(
+            int(np.prod(shape)) for name, shape in zip(self.names, self.shapes, strict=True)
+            if not name.endswith("_raw")
+        )  # fmt: skip
+
+    def index(self, name: str) -> NDArray[np.int64]:
+        """Positions of a value variable in the flat vector."""
+        offset = 0
+        for candidate, shape in zip(self.names, self.shapes, strict=True):
+            size = int(np.prod(shape))
+            if candidate == name:
+                return np.arange(offset, offset + size)
+            offset += size
+        raise KeyError(name)
+
+
+def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> CompiledModel:
+    """Compile the valley model; the arrays give shapes only."""
+    import jax
+    import jax.numpy as jnp
+    from pytensor.graph.fg import FunctionGraph
+    from pytensor.graph.replace import graph_replace
+    from pytensor.link.jax.dispatch import jax_funcify
+
+    model = valley.build(arrays, prior, num_families)
+    shared = [model[name] for name in arrays]
+    inputs = [variable.type.clone(shape=variable.type.shape)() for variable in shared]
+    values = list(model.value_vars)
+    transformed = model.unobserved_value_vars
+    names_out = [variable.name for variable in transformed]
+    reported = {*prior.parameters, *OUTPUTS}
+    graphs = graph_replace(
+        [model.logp(), *transformed], dict(zip(shared, inputs, strict=True)), strict=False
+    )
+    graph = FunctionGraph(inputs=[*values, *inputs], outputs=graphs, clone=True)
+    from pytensor.compile.mode import get_mode
+
+    get_mode("JAX").optimizer.rewrite(graph)
+    with warnings.catch_warnings():
+        # PyTensor says that JAX cannot raise for a negative scale; no scale here can be negative.
+        warnings.filterwarnings("ignore", message="Skipping Check", category=UserWarning)
+        function = jax_funcify(graph)
+    point = model.initial_point(random_seed=0)
+    names = tuple(variable.name for variable in values)
+    shapes = tuple(np.shape(point[name]) for name in names)
+    ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
+
+    def unpack(x: Any) -> list[Any]:
+        return [x[ends[i] : ends[i + 1]].reshape(shapes[i]) for i in range(len(shapes))]
+
+    def log_density(x: Any, data: Sequence[Any]) -> Any:
+        return jnp.asarray(function(*unpack(x), *data)[0])
+
+    def outputs(x: Any, data: Sequence[Any]) -> dict[str, Any]:
+        found = function(*unpack(x), *data)[1:]
+        return {name: found[i] for i, name in enumerate(names_out) if name in reported}
+
+    return CompiledModel(
+        names=names,
+        shapes=shapes,
+        start=np.concatenate([np.ravel(point[name]) for name in names]).astype(float),
+        log_density=log_density,
+        outputs=jax.jit(jax.vmap(outputs, in_axes=(0, None))),
+        value_and_grad=jax.jit(jax.value_and_grad(lambda x, data: -log_density(x, data))),
+        sampler={},
+    )
+
+
+_COMPILED: dict[tuple[Any, ...], CompiledModel] = {}
+
+
+def compiled_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> CompiledModel:
+    """The model of these arrays' sizes under a card, compiled once."""
+    key = (prior.sha256, num_families, *(values.shape for values in arrays.values()))
+    if key not in _COMPILED:
+        if len(_COMPILED) > 16:
+            _COMPILED.clear()
+        _COMPILED[key] = compile_model(arrays, prior, num_families)
+    return _COMPILED[key]

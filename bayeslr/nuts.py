@@ -1,0 +1,187 @@
+"""NUTS in float64, in coordinates that warm-up makes round, for as long as it takes.
+
+NumPyro's transition is used as it is. What is added around it: windows of warm-up that learn the
+coordinates from draws and their gradients together, and one compilation for all windows.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from numpy.typing import NDArray
+
+    from bayeslr.models.compiled import CompiledModel
+    from bayeslr.models.valley import Arrays
+
+    FloatArray = NDArray[np.float64]
+
+# Transitions of a chain between two looks at it, and in each window of warm-up.
+WINDOW = 100
+
+# First step of the integrator, of a standard normal's unit.
+_FIRST_STEP = 0.2
+
+# What is kept of each transition.
+_KEPT = ("z", "z_grad", "num_steps", "diverging", "accept_prob")
+
+
+class _Chains:
+    """Chains of NUTS on a compiled model, in coordinates x = centre + root z."""
+
+    def __init__(self, compiled: CompiledModel, data: Sequence[Any], num_chains: int,
+                 target_accept: float, seed: int) -> None:  # fmt: skip
+        import jax
+
+        self.compiled, self.data, self.num_chains = compiled, data, num_chains
+        self._begin, self._advance = _transitions(compiled, num_chains, target_accept)
+        self._key = jax.random.PRNGKey(seed)
+        self._step = _FIRST_STEP
+        self._state: Any = None
+
+    def start(self, x: FloatArray, centre: FloatArray, root: FloatArray) -> None:
+        """Begin at x (chain, parameter); the next window adapts the step."""
+        import jax
+        import jax.numpy as jnp
+
+        self.centre, self.root = centre, root
+        self._key, *keys = jax.random.split(self._key, self.num_chains + 1)
+        states = []
+        for at, key in zip(x, keys, strict=True):
+            energy, gradient = self.compiled.value_and_grad(at, self.data)
+            z = jnp.asarray(np.linalg.solve(root, at - centre))
+            pull = jnp.asarray(root.T @ np.asarray(gradient))
+            states.append(self._begin(key, z, energy, pull, self._step, (centre, root, self.data)))
+        self._state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+
+    def run(self) -> dict[str, FloatArray]:
+        """`WINDOW` transitions: x, gradient of the log density in x, statistics, (chain, draw)."""
+        self._state, found = self._advance(self._state, self.centre, self.root, self.data)
+        kept = {name: np.asarray(values) for name, values in found.items()}
+        self._step = float(np.mean(self._state.adapt_state.step_size))
+        kept["x"] = self.centre + kept["z"] @ self.root.T
+        kept["gradient"] = -kept.pop("z_grad") @ np.linalg.inv(self.root)
+        return kept
+
+
+def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float) -> tuple[Any, Any]:
+    """``begin(key, z, energy, gradient, step, model)`` and ``advance(states, *model)``.
+
+    ``model`` is (centre, root, data). ``advance`` makes `WINDOW` transitions of every chain, the
+    first after ``begin`` adapting the step: warm-up, draws and more draws are one compilation.
+    """
+    import jax
+    from numpyro.infer.hmc import hmc
+    from numpyro.infer.util import ParamInfo
+
+    key = (num_chains, round(target_accept * 100))
+    if key not in compiled.sampler:
+
+        def energy(centre: Any, root: Any, data: Sequence[Any]) -> Any:
+            return lambda z: -compiled.log_density(centre + root @ z, data)
+
+        init, transition = hmc(potential_fn_gen=energy, algo="NUTS")
+
+        def begin(key: Any, z: Any, energy: Any, pull: Any, step: float, model: Any) -> Any:
+            return init(
+                ParamInfo(z, energy, pull), WINDOW, step, adapt_mass_matrix=False,
+                target_accept_prob=target_accept, max_tree_depth=8, model_args=model, rng_key=key,
+            )  # fmt: skip
+
+        def window(state: Any, centre: Any, root: Any, data: Sequence[Any]) -> Any:
+            def once(state: Any, _: None) -> tuple[Any, Any]:
+                state = transition(state, (centre, root, data), {})
+                return state, {name: getattr(state, name) for name in _KEPT}
+
+            return jax.lax.scan(once, state, None, length=WINDOW)
+
+        axes = (0, None, None, None)
+        parallel = num_chains <= jax.local_device_count()
+        advance = jax.pmap(window, in_axes=axes) if parallel else jax.jit(jax.vmap(window, axes))
+        compiled.sampler[key] = begin, advance
+    begin, advance = compiled.sampler[key]
+    return begin, advance
+
+
+def rounder(root: FloatArray, z: FloatArray, gradient: FloatArray) -> FloatArray:
+    """Root of coordinates in which the posterior is rounder than in z, where x = centre + root z.
+
+    z, gradient: draws and gradients of the log density there, (draw, parameter). Of all linear maps
+    the one that brings the draws' Fisher divergence from a standard normal to its least: the
+    geometric mean of the draws' covariance and the inverse of their gradients' (Seyboldt, Carlson
+    and Carpenter 2026, arXiv 2603.18845). Directions that no draw tells keep their scale.
+    """
+    scale = np.sqrt(z.std(axis=0) / gradient.std(axis=0))
+    z, gradient = z / scale, gradient * scale
+    unseen = np.eye(z.shape[1]) / len(z)
+    half = _root(np.cov(gradient.T) + unseen)
+    inverse = np.linalg.inv(half)
+    covariance = inverse @ _root(half @ (np.cov(z.T) + unseen) @ half) @ inverse
+    return np.asarray(root @ (scale[:, None] * np.linalg.cholesky((covariance + covariance.T) / 2)))
+
+
+def _root(matrix: FloatArray) -> FloatArray:
+    """Symmetric square root."""
+    scales, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
+    return np.asarray((vectors * np.sqrt(np.maximum(scales, 0.0))) @ vectors.T)
+
+
+def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: FloatArray, *,
+           seed: int, num_warmup: int, num_draws: int, num_chains: int,
+           enough: Callable[[dict[str, FloatArray]], bool] = lambda draws: True,
+           max_rounds: int = 4, target_accept: float = 0.8,
+           progress: Callable[[str], None] = lambda line: None,
+           ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
+    """NUTS draws, each (chain, draw, ...), and the sampler's statistics.
+
+    mode, root: where the chains start from, and L with L L' near the covariance. Each window of
+    warm-up but the last ends by making the coordinates rounder. After ``num_draws`` a chain,
+    ``enough(draws)`` is asked; while it says no, the chains go on for as many again, up to
+    ``max_rounds`` times. Counts are rounded up to whole `WINDOW`s.
+    """
+    import jax.numpy as jnp
+
+    data = tuple(jnp.asarray(values) for values in arrays.values())
+    chains = _Chains(compiled, data, num_chains, target_accept, seed)
+    x = mode + 0.5 * np.random.default_rng(seed).normal(size=(num_chains, compiled.size)) @ root.T
+    num_windows = max(1, -(-num_warmup // WINDOW))
+    centre, seen = mode, []
+    for i in range(num_windows):
+        chains.start(x, centre, root)
+        seen.append(chains.run())
+        progress(f"warm-up: window {i + 1} of {num_windows}")
+        x = seen[-1]["x"][:, -1]
+        if i + 1 < num_windows:
+            # The first windows are on their way to where the posterior lies.
+            kept = seen[len(seen) // 2 :]
+            at, gradient = (
+                np.concatenate([window[name].reshape(-1, compiled.size) for window in kept])
+                for name in ("x", "gradient")
+            )
+            centre = at.mean(axis=0)
+            root = rounder(root, np.linalg.solve(root, (at - centre).T).T, gradient @ root)
+    draws: dict[str, FloatArray] = {}
+    windows: list[dict[str, FloatArray]] = []
+    for i in range(max_rounds):
+        found = []
+        for _ in range(-(-num_draws // WINDOW)):
+            found.append(chains.run())
+            windows.append(found[-1])
+            progress(f"{WINDOW * len(windows):,} draws of each of {num_chains} chains")
+        new = compiled.draws(np.concatenate([window["x"] for window in found], axis=1), data)
+        draws = {
+            name: np.concatenate([draws[name], new[name]], axis=1) if i else new[name]
+            for name in new
+        }  # fmt: skip
+        if enough(draws):
+            break
+    statistics = {
+        "divergences": float(sum(np.sum(window["diverging"]) for window in windows)),
+        "mean_steps": float(np.mean([window["num_steps"] for window in windows])),
+        "mean_acceptance": float(np.mean([window["accept_prob"] for window in windows])),
+    }
+    return draws, statistics
