@@ -174,10 +174,8 @@ class _Beliefs:
         # A handful of draws far out in the tails (batches far from the best) would make up all of
         # a covariance.
         self.loss = np.clip(loss, *np.quantile(loss, _CENTRAL, axis=0))
-        noise = _noise(posterior, len(self.loss))
-        self.noise_variance = np.mean(
-            noise[0][:, None] ** 2 + (noise[1][:, None] * finished) ** 2, axis=0
-        )
+        observed_at = [extra[i - len(targets)] for i in column]
+        self.noise_variance = _noise_variance(posterior, u, finished, observed_at)
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         options = _Options(
             log_lr, [mine[-1] for mine in cell_of], at.log_lr[:, len(targets) :].mean(axis=0),
@@ -242,11 +240,30 @@ class _Beliefs:
         self._center()
 
 
-def _noise(posterior: Posterior, num_draws: int) -> tuple[FloatArray, FloatArray]:
-    """Draws of the seed noise (nats) and of the misfit's share of the excess."""
-    kept = posterior.thinned(num_draws)
-    noise = posterior.flat("noise_sd")
-    return (noise[:, 0] if noise.ndim == 2 else noise)[kept], posterior.flat("noise_share")[kept]
+def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
+                    cells: Sequence[Target]) -> FloatArray:  # fmt: skip
+    """Expected variance of each observation about its expectation, nats squared, (observation,).
+
+    u, excess: (draw, observation), of the cells observed.
+    """
+    kept = posterior.thinned(len(u))
+    families, centre = list(posterior.info["families"]), posterior.info["centre"]
+    # A family that the fit has not seen is taken to be as noisy as the first.
+    of = [families.index(t.family) if t.family in families else 0 for t in cells]
+
+    def value(name: str) -> FloatArray:
+        draws = posterior.flat(name)[kept]
+        return draws[:, of] if draws.ndim == 2 else draws[:, None]
+
+    def off_mean(name: str, logs: FloatArray) -> FloatArray:
+        return logs - centre[name] if name in centre else np.zeros(len(logs))
+
+    scale = laws.noise_scale(
+        excess, u, off_mean("log_batch", np.log([t.batch_tokens for t in cells])),
+        off_mean("log_tokens", np.log([t.tokens for t in cells])),
+        {name: value(name) for name in laws.NOISE}, 0.0,
+    )  # fmt: skip
+    return np.asarray(np.mean(scale**2, axis=0))
 
 
 def _worth(at: TargetDraws, targets: Sequence[Target], nats: float) -> float:

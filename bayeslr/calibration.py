@@ -57,7 +57,7 @@ _SIZES = (
     {"run": 64, "slice": 16, "cell": 12, "shape": 4},
     {"run": 208, "slice": 32, "cell": 16, "shape": 6},
 )
-_NUM_WARMUP, _NUM_DRAWS, _NUM_CHAINS, _MAX_ROUNDS = 400, 300, 2, 1
+_NUM_WARMUP, _NUM_DRAWS, _NUM_CHAINS, _MAX_ROUNDS = 400, 300, 2, 4
 
 _GRID = 64  # Points at which an ECDF is compared with its bands.
 _NUM_NULL = 20_000  # Simulated sets of uniform ranks: p-values from 5e-5 up.

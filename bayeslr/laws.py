@@ -17,6 +17,9 @@ NOISE = ("noise_sd", "noise_batch", "noise_tokens", "noise_side", "noise_share")
 # How sharply the two slopes of the batch knee meet: the bend is over within an e-fold of batch.
 KNEE_SHARPNESS = 2.0
 
+# No noise is e^10 times that at the centre: the cap keeps far starts finite.
+_MAX_WIDENING = 10.0
+
 # Beyond exp(30) every loss is absurd: the cap keeps far starts and far LRs finite.
 _MAX_EXPONENT = 30.0
 
@@ -60,6 +63,7 @@ def noise_scale(
         p["noise_batch"] * d_log_batch + p["noise_tokens"] * d_log_tokens
         + p["noise_side"] * xp.tanh(u)
     )  # fmt: skip
+    widening = xp.clip(widening, -_MAX_WIDENING, _MAX_WIDENING)
     own = p["noise_sd"] ** 2 + (p["noise_share"] * excess) ** 2
     return xp.sqrt(xp.exp(2.0 * widening) * own + loss_se**2)
 

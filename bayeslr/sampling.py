@@ -192,29 +192,48 @@ def find_mode(
     return x, hessian
 
 
-def centred(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior, hessian: FloatArray,
-            ) -> valley.Arrays:  # fmt: skip
-    """The arrays with each effect centred by the share of its variance that the runs take away.
+_LEVELS = ("family", "shape", "cell", "slice")
+
+
+def _told(arrays: valley.Arrays, compiled: CompiledModel, prior: Prior,
+          hessian: FloatArray) -> valley.Arrays:  # fmt: skip
+    """Share of each effect's variance that its runs take away, by the array that centres it.
 
     That is p s^2 / (1 + p s^2) for an effect with sd s between groups that its runs tell with
-    precision p (Papaspiliopoulos, Roberts and Skold 2007, section 4); here from the Hessian with
-    what lies above the effect held fixed and what lies below not, s the median of its prior.
+    precision p; here from the Hessian, with what lies above the effect held fixed and what lies
+    beside and below it not, s the median of its prior.
     """
-    arrays = dict(arrays)
-    order = ("family", "shape", "cell", "slice")
-    level = {effect: order.index(share.partition("_")[0])
-             for effect, (share, _) in valley.EFFECTS.items()}  # fmt: skip
-    for depth in range(len(order)):
-        members = {e: compiled.index(f"{e}_raw") for e in level if level[e] >= depth}
-        at = np.concatenate(list(members.values()))
-        variance = np.zeros(compiled.size)
-        variance[at] = np.diag(np.linalg.inv(hessian[np.ix_(at, at)]))
-        for effect, (share, sd) in valley.EFFECTS.items():
-            if level[effect] == depth:
-                c, s = arrays[share], prior[sd].location
-                left = variance[members[effect]].reshape(c.shape) * s ** (-2.0 * c)
-                arrays[share] = np.clip(1.0 - left, 0.0, 1.0)
-    return arrays
+    shares = {}
+    for depth, level in enumerate(_LEVELS):
+        members = {
+            effect: (arrays[share], prior[sd].location, compiled.index(f"{effect}_raw"))
+            for effect, (share, sd) in valley.EFFECTS.items()
+            if share.partition("_")[0] in _LEVELS[depth:]
+        }  # fmt: skip
+        at = np.concatenate([index for _, _, index in members.values()])
+        unit = np.concatenate([s ** np.ravel(c) for c, s, _ in members.values()])
+        scales, vectors = np.linalg.eigh(hessian[np.ix_(at, at)] * np.outer(unit, unit))
+        # Where the search ended short of the mode, some curvature may be negative.
+        left = (vectors**2 / np.maximum(scales, 0.1)).sum(axis=1)
+        for effect, (share, _) in valley.EFFECTS.items():
+            if share.partition("_")[0] == level:
+                own = left[np.isin(at, members[effect][2])].reshape(arrays[share].shape)
+                shares[share] = np.clip(1.0 - own, 0.0, 1.0)
+    return shares
+
+
+def _recentred(x: FloatArray, compiled: CompiledModel, prior: Prior, old: valley.Arrays,
+               new: valley.Arrays) -> FloatArray:  # fmt: skip
+    """The same point when effects are centred by the shares in ``new`` instead of ``old``."""
+    x = x.copy()
+    found = compiled.outputs(x[None], tuple(old.values()))
+    for effect, (share, sd) in valley.EFFECTS.items():
+        at = compiled.index(f"{effect}_raw")
+        mean, s = np.asarray(found[f"{effect}_mean"])[0], prior[sd].location
+        before, after = old[share], new[share]
+        deviation = s ** (1.0 - before) * (x[at].reshape(mean.shape) - before * mean)
+        x[at] = (after * mean + s ** (after - 1.0) * deviation).ravel()
+    return x
 
 
 def _hessian(compiled: CompiledModel, x: FloatArray, data: Sequence[Any],
@@ -249,11 +268,16 @@ def whitening(compiled: CompiledModel, hessian: FloatArray, least: float = 0.5) 
 
 def preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior,
                    ) -> tuple[valley.Arrays, FloatArray, FloatArray]:  # fmt: skip
-    """Arrays with effects centred as their runs tell them, the mode, and the whitening there."""
-    _, hessian = find_mode(compiled, arrays, prior)
-    arrays = centred(compiled, arrays, prior, hessian)
+    """Arrays with effects centred as their runs tell them, the mode, and the whitening there.
+
+    An effect is sampled as itself where its runs tell it, and in units of its sd where they do not
+    (Papaspiliopoulos, Roberts and Skold 2007, section 4).
+    """
     mode, hessian = find_mode(compiled, arrays, prior)
-    return arrays, mode, whitening(compiled, hessian)
+    centred = {**arrays, **_told(arrays, compiled, prior, hessian)}
+    start = _recentred(mode, compiled, prior, arrays, centred)
+    mode, hessian = find_mode(compiled, centred, prior, start)
+    return centred, mode, whitening(compiled, hessian)
 
 
 def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,

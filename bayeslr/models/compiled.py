@@ -30,11 +30,12 @@ class CompiledModel:
     """A model as JAX functions of one flat vector and of its data.
 
     names, shapes: value variables in order. ``log_density(x, data)`` is a scalar, ``outputs(x,
-    data)`` the free variables and deterministics by name.
+    data)`` every variable by name, of which ``reported`` are kept as draws.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
+    reported: frozenset[str]
     start: FloatArray
     log_density: Callable[[Any, Sequence[Any]], Any]
     outputs: Callable[[Any, Sequence[Any]], dict[str, Any]]
@@ -47,6 +48,7 @@ class CompiledModel:
         return {
             name: np.asarray(values).reshape(x.shape[:2] + values.shape[1:])
             for name, values in found.items()
+            if name in self.reported
         }
 
     @property
@@ -94,7 +96,6 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     values = list(model.value_vars)
     transformed = model.unobserved_value_vars
     names_out = [variable.name for variable in transformed]
-    reported = {*prior.parameters, *OUTPUTS}
     graphs = graph_replace(
         [model.logp(), *transformed], dict(zip(shared, inputs, strict=True)), strict=False
     )
@@ -119,11 +120,12 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
 
     def outputs(x: Any, data: Sequence[Any]) -> dict[str, Any]:
         found = function(*unpack(x), *data)[1:]
-        return {name: found[i] for i, name in enumerate(names_out) if name in reported}
+        return dict(zip(names_out, found, strict=True))
 
     return CompiledModel(
         names=names,
         shapes=shapes,
+        reported=frozenset([*prior.parameters, *OUTPUTS]),
         start=np.concatenate([np.ravel(point[name]) for name in names]).astype(float),
         log_density=log_density,
         outputs=jax.jit(jax.vmap(outputs, in_axes=(0, None))),

@@ -179,6 +179,7 @@ def _variable(name: str, prior: Prior, **kwargs: Any) -> Any:
 
 def _effect(name: str, mean: Any, sd: Any, centring: Any, size: Any) -> Any:
     """Normal(mean, sd) effect, centred by a share ``centring`` in [0, 1] an entry."""
+    mean = pm.Deterministic(f"{name}_mean", mean + pt.zeros(size))
     raw = pm.Normal(f"{name}_raw", centring * mean, sd**centring, shape=size)
     return mean + sd ** (1.0 - centring) * (raw - centring * mean)
 
