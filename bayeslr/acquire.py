@@ -242,7 +242,7 @@ class _Beliefs:
 
 def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
                     cells: Sequence[Target]) -> FloatArray:  # fmt: skip
-    """Expected variance of each observation about its expectation, nats squared, (observation,).
+    """Typical variance of each observation about its expectation, nats squared, (observation,).
 
     u, excess: (draw, observation), of the cells observed.
     """
@@ -256,14 +256,15 @@ def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
         return draws[:, of] if draws.ndim == 2 else draws[:, None]
 
     def off_mean(name: str, logs: FloatArray) -> FloatArray:
-        return logs - centre[name] if name in centre else np.zeros(len(logs))
+        # The card's noise is stated at the centre of data; where there are none it has no slopes.
+        return logs - centre[name] if posterior.design is not None else np.zeros(len(logs))
 
     scale = laws.noise_scale(
         excess, u, off_mean("log_batch", np.log([t.batch_tokens for t in cells])),
         off_mean("log_tokens", np.log([t.tokens for t in cells])),
         {name: value(name) for name in laws.NOISE}, 0.0,
     )  # fmt: skip
-    return np.asarray(np.mean(scale**2, axis=0))
+    return np.asarray(np.median(scale, axis=0) ** 2)
 
 
 def _worth(at: TargetDraws, targets: Sequence[Target], nats: float) -> float:
