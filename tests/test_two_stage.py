@@ -114,3 +114,18 @@ def test_it_predicts_through_the_same_door(two_stage_posterior: Posterior) -> No
     assert row["lr_q05"] < row["lr_q50"] < row["lr_q95"]
     assert row["regret_mean"] >= 0
     assert math.isnan(row["loss_q50"])
+
+
+def test_a_regressor_that_hardly_moves_by_itself_gets_no_exponent() -> None:
+    """Widths that round the sparsity of three sizes by a percent say nothing of sparsity."""
+    rows = [
+        run_record(f"{n}-{d}-{u}", n, d, 1e5, math.exp(law(n, d, 1e5) + u - 0.13 + e),
+                   3.0 + 0.03 * (u - 0.13) ** 2, n_total=n * s)
+        for n, s, e in ((5e7, 2.74, 0.02), (1.5e8, 2.76, -0.02), (4e8, 2.77, 0.01))
+        for d in (2e9, 8e9) for u in STEPS
+    ]  # fmt: skip
+    draws = fit(build_design(make_table(rows)), seed=1,
+                num_draws=200)  # fmt: skip
+    coefficient = draws["coefficient"][0]
+    assert (coefficient[:, 1] == 0).all()
+    assert abs(np.median(coefficient[:, 0]) + 0.5) < 0.1

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 
 _ENTRY_ORDER = ("log_tokens", "log_batch", "log_n_active", "log_sparsity")
 
+# Standard deviation (ln) of what the regressors before it leave of one, for it to have an exponent.
+# Shapes whose sparsity differs by a rounding of widths would else be given exponents of hundreds.
+_LEAST_SPREAD = 0.1
+
 # Half-width of the parabola's window in ln LR: a factor of 4, the custom of published fits.
 WINDOW = np.log(4.0) + 0.02
 
@@ -61,7 +65,7 @@ def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
 
     Returns: ``intercept``, ``residual_sd``, ``curvature``, ``r_squared``, each (1, draw), and
     ``coefficient`` (1, draw, regressor), about the centre of the data. A regressor that does not
-    vary has coefficient zero.
+    vary by itself has coefficient zero.
     Raises: DataError if fewer than two slices have a vertex.
     """
     vertex, curvature, _ = vertices(design)
@@ -73,14 +77,14 @@ def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
         )
     features = design.slice_features()
     x = np.column_stack([features[name] - features[name].mean() for name in REGRESSORS])[good]
-    # As many regressors as the slices can carry with a degree of freedom left, none that the others
-    # already say; sparsity comes last, for it often moves with size.
+    # As many regressors as the slices can carry with a degree of freedom left, none that hardly
+    # moves apart from the others; sparsity comes last, for it often moves with size.
     varies = np.zeros(len(REGRESSORS), dtype=bool)
     columns = np.ones((len(x), 1))
     for j in (REGRESSORS.index(name) for name in _ENTRY_ORDER):
-        wider = np.column_stack([columns, x[:, j]])
-        if wider.shape[1] < len(x) and np.linalg.matrix_rank(wider, tol=1e-6) == wider.shape[1]:
-            varies[j], columns = True, wider
+        own = x[:, j] - columns @ np.linalg.lstsq(columns, x[:, j], rcond=None)[0]
+        if columns.shape[1] + 1 < len(x) and own.std() > _LEAST_SPREAD:
+            varies[j], columns = True, np.column_stack([columns, x[:, j]])
     columns = np.column_stack([np.ones(len(x)), x[:, varies]])
     y = vertex[good]
     coefficient, *_ = np.linalg.lstsq(columns, y, rcond=None)
