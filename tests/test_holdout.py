@@ -96,6 +96,8 @@ def test_every_verdict_is_kept_and_said(posterior: Posterior) -> None:
     assert lines[1] == info["misfit"]["sentence"]
     assert "Not touched by the runs" in lines[2]
     assert "holdout" not in with_verdicts(posterior, holdout=False).info
+    without = with_verdicts(posterior, holdout=False, why_not="No time.").info
+    assert verdict_lines(without)[0] == without["no_holdout"] == "No time."
     assert verdict_lines({**info, "holdout": None})[0] == NO_HOLDOUT
 
 

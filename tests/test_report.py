@@ -327,6 +327,8 @@ def test_the_checks_stand_beside_the_verdict(html: str, posterior: Posterior) ->
     unknown = checks.marks({**posterior.info, "holdout": None})[0]
     assert (unknown["mark"], unknown["good"]) == ("Not held out", None)
     assert "has not been tested" in unknown["text"]
+    rest = {key: value for key, value in posterior.info.items() if key != "holdout"}
+    assert checks.marks({**rest, "no_holdout": "No time."})[0]["text"] == "No time."
 
 
 def test_a_misfit_and_a_contradicted_card_are_marked(posterior: Posterior) -> None:
