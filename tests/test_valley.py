@@ -17,7 +17,7 @@ from bayeslr.models.compiled import CompiledModel, compile_model
 from bayeslr.models.simulate import PlannedSlice
 from bayeslr.priors import Prior
 from bayeslr.runs import RunTable, concat, make_table
-from bayeslr.sampling import _data_start, configure_jax
+from bayeslr.sampling import SCALES, _data_start, _recentred, configure_jax
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
 
 LOSS_LAW = (
@@ -228,6 +228,24 @@ def test_log_density_equals_an_independent_computation(
     # The twin: one family's label swapped is another density.
     wrong = {**arrays, "shape_family": 1 - arrays["shape_family"]}
     assert log_density(named(compiled, x), wrong, card) != pytest.approx(expected, rel=1e-6)
+
+
+def test_a_point_centred_otherwise_is_the_same_point(
+    compiled: CompiledModel, arrays: valley.Arrays, card: Prior
+) -> None:
+    """Scales at their medians, for those are what the search for the mode holds."""
+    rng = np.random.default_rng(7)
+    x = random_point(compiled, rng)
+    for name in SCALES:
+        x[compiled.index(f"{name}_log__")] = np.log(card[name].location)
+    shares = [share for share, _ in valley.EFFECTS.values()]
+    other = {**arrays, **{name: rng.uniform(size=arrays[name].shape) for name in shares}}
+    moved = _recentred(x, compiled, card, arrays, other)
+    assert not np.allclose(moved, x)
+    before = compiled.draws(x[None, None], tuple(arrays.values()))
+    after = compiled.draws(moved[None, None], tuple(other.values()))
+    for name, values in before.items():
+        assert after[name] == pytest.approx(values, rel=1e-9, abs=1e-9), name
 
 
 def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, card: Prior) -> None:

@@ -288,7 +288,8 @@ def _outcomes(log_lr: FloatArray, planned: PlannedSlice, s: int, truth: Mapping[
 
 
 _LEVEL_OF = {
-    "lr_shape": "shape", "loss_shape": "shape", "best_batch": "cell", "lr_cell": "cell",
+    "lr_shape": "shape", "lr_tokens_shape": "shape", "loss_shape": "shape",
+    "best_batch": "cell", "lr_cell": "cell",
     "loss_cell": "cell", "lr_opt": "slice", "log_curvature": "slice", "floor": "slice",
 }  # fmt: skip
 

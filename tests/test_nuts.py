@@ -1,0 +1,41 @@
+"""Coordinates of the sampler: exact on a normal, and what is told of one by its own gradients."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from bayeslr.nuts import rounder
+
+
+def normal(num_draws: int, seed: int) -> tuple[NDArray[np.float64], ...]:
+    """Covariance of a stretched normal, draws from it and gradients of its log density there."""
+    shape = np.random.default_rng(5)
+    turn, _ = np.linalg.qr(shape.normal(size=(12, 12)))
+    covariance = (turn * 10.0 ** shape.uniform(-4, 2, size=12)) @ turn.T
+    rng = np.random.default_rng(seed)
+    draws = rng.multivariate_normal(np.zeros(12), covariance, size=num_draws)
+    return covariance, draws, -draws @ np.linalg.inv(covariance)
+
+
+def test_a_normal_is_made_round_in_three_windows_of_few_draws() -> None:
+    """Gradients are exact, so the draws' own chance cancels: condition 1e6 to nearly 1."""
+    root = np.eye(12)
+    for seed in range(3):
+        covariance, draws, gradient = normal(30, seed)
+        root = rounder(root, np.linalg.solve(root, draws.T).T, gradient @ root)
+    left = np.linalg.eigvalsh(np.linalg.solve(root, covariance) @ np.linalg.inv(root).T)
+    assert left.max() / left.min() < 1.5
+    # The twin: by the draws' covariance alone, thirty of them are far from enough.
+    root = np.linalg.cholesky(np.cov(draws.T))
+    left = np.linalg.eigvalsh(np.linalg.solve(root, covariance) @ np.linalg.inv(root).T)
+    assert left.max() / left.min() > 5
+
+
+def test_round_coordinates_stay_as_they_are_with_few_draws() -> None:
+    """Directions that no draw tells keep their scale."""
+    rng = np.random.default_rng(2)
+    draws = rng.normal(size=(8, 40))
+    root = rounder(np.eye(40), draws, -draws)
+    assert root @ root.T == pytest.approx(np.eye(40), abs=1e-9)
