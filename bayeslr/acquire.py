@@ -42,8 +42,9 @@ _FEWEST_DRAWS, _MOST_DRAWS, _MAX_PAIRS = 600, 2000, 2_000_000
 # A loss this far above the floor says "far too high" or "diverged", and no more than that.
 _MAX_EXCESS = 0.3
 
-# Losses beyond this central part of their draws count as its ends.
-_CENTRAL = (0.005, 0.995)
+# Floors beyond this central part of their draws, or so many nats from their median, count as its
+# ends: farther off, a floor is unknown and that is all.
+_CENTRAL, _FAR = (0.005, 0.995), 3.0
 
 # Runs of one slice bought together lie at its expected optimum and so many standard deviations to
 # each side of it; at least about a third of an octave, below which seed noise hides the slope.
@@ -170,10 +171,12 @@ class _Beliefs:
         rng = np.random.default_rng([seed, 20_260_106])
         finished = np.minimum(excess, _MAX_EXCESS)
         diverged = rng.random(size=lost.shape) < lost
-        loss = at.floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
-        # A handful of draws far out in the tails (batches far from the best) would make up all of
-        # a covariance.
-        self.loss = np.clip(loss, *np.quantile(loss, _CENTRAL, axis=0))
+        # Draws far out in the tails (batches far from the best, exponents of a normal
+        # approximation) would make up all of a covariance. What the runs of a slice share is
+        # clipped before what tells them apart is added.
+        low, middle, high = np.quantile(at.floor, [_CENTRAL[0], 0.5, _CENTRAL[1]], axis=0)
+        floor = np.clip(at.floor, np.maximum(low, middle - _FAR), np.minimum(high, middle + _FAR))
+        self.loss = floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
         observed_at = [extra[i - len(targets)] for i in column]
         self.noise_variance = _noise_variance(posterior, u, finished, observed_at)
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bayeslr import acquire
 from bayeslr.acquire import Candidate, Proposal, _Beliefs, choose, plan, propose
 from bayeslr.errors import SpecError
 from bayeslr.posterior import Posterior
@@ -254,3 +255,26 @@ def test_a_few_absurd_draws_do_not_break_a_choice(posterior: Posterior) -> None:
     )  # fmt: skip
     sane = choose(posterior, pool(), GOAL, num_runs=4, budget_flops=1e22, seed=1, only_paying=False)
     assert found.regret_after == pytest.approx(sane.regret_after, rel=0.2)
+
+
+def test_floors_beyond_all_measure_leave_the_valley_to_pairs_of_runs(
+    posterior: Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a normal approximation whose penalty is steep: the runs of a slice share such a floor,
+    and their differences still tell its optimum.
+    """
+    runs = [candidate(f"u{u}", u=u) for u in (-1.4, 0.0, 1.4)]
+    real = acquire.target_draws
+
+    def wild(*words: Any, **more: Any) -> Any:
+        at = real(*words, **more)
+        far = 1e9 * np.random.default_rng(3).normal(size=(len(at.floor), 1))
+        return dataclasses.replace(at, floor=at.floor + far)
+
+    monkeypatch.setattr(acquire, "target_draws", wild)
+    beliefs = _Beliefs(posterior, runs, GOAL, np.ones(1), seed=1)
+    assert beliefs.loss.std(axis=0).max() < 5.0
+    assert np.ptp(beliefs.loss[:, 0] - beliefs.loss[:, 1]) > 0.05
+    found = choose(posterior, runs, GOAL, num_runs=3, budget_flops=1e22, seed=1, only_paying=False)
+    assert len(found.proposals) >= 2
+    assert found.regret_after < 0.97 * found.regret_now
