@@ -14,12 +14,14 @@ from bayeslr_runners.moe.experts import (
     grouped_matmul,
     load_balance_loss,
     route,
+    router_entropy,
     router_z_loss,
     softmax_over_few,
     swiglu,
     swiglu_experts,
 )
-from bayeslr_runners.moe.model import MoeTransformer, token_losses
+from bayeslr_runners.moe.losses import head_loss, token_losses
+from bayeslr_runners.moe.model import MoeTransformer
 from bayeslr_runners.moe.options import ModelOptions, ScalingOptions
 from bayeslr_runners.moe.parametrization import parametrization
 from bayeslr_runners.moe.shapes import MoeShape
@@ -48,7 +50,9 @@ def test_load_balance_loss_is_one_at_uniform_routing_in_each_layer() -> None:
     assert len(stats) == SHAPE.n_layers
     for layer in stats:
         assert layer.balance_loss.item() == pytest.approx(1.0, abs=1e-6)
-        assert layer.entropy.item() == pytest.approx(math.log(SHAPE.n_experts), abs=1e-5)
+        assert router_entropy(layer.score_TE).item() == pytest.approx(
+            math.log(SHAPE.n_experts), abs=1e-5
+        )
 
 
 def test_load_balance_loss_sees_a_layer_that_a_mean_over_layers_would_hide() -> None:
@@ -258,17 +262,35 @@ def test_bad_options_say_what_is_wrong(options: dict[str, object], message: str)
         MoeRunner(options)
 
 
-def test_token_losses_and_gates_equal_pytorchs_with_their_gradients() -> None:
+def test_softmax_over_few_equals_pytorchs_with_its_gradient() -> None:
     generator = torch.Generator().manual_seed(3)
     logits = (20 * torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)).requires_grad_()
-    target = torch.randint(0, 11, (2, 7), generator=generator)
-    upstream = torch.randn(2, 7, generator=generator, dtype=torch.float64)
-    wanted = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view(2, 7)
-    pairs = [(token_losses(logits, target), wanted, upstream)]
-    many = torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)
-    pairs.append((softmax_over_few(logits), torch.softmax(logits, -1), many))
-    for got, expected, grad in pairs:
-        torch.testing.assert_close(got, expected)
-        torch.testing.assert_close(
-            torch.autograd.grad(got, logits, grad), torch.autograd.grad(expected, logits, grad)
-        )
+    upstream = torch.randn(2, 7, 11, generator=generator, dtype=torch.float64)
+    got, wanted = softmax_over_few(logits), torch.softmax(logits, -1)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, logits, upstream), torch.autograd.grad(wanted, logits, upstream)
+    )
+
+
+@pytest.mark.parametrize("members", [(), (3,)])
+@pytest.mark.parametrize("chunk", [1, 25, 1 << 18])  # 1 row, 5 rows of 5 logits, all rows
+def test_head_loss_equals_pytorchs_with_its_gradients(
+    members: tuple[int, ...], chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayeslr_runners.moe.losses.CHUNK_LOGITS", chunk)
+    generator = torch.Generator().manual_seed(3)
+    x, head = (
+        torch.randn(*members, *sizes, generator=generator, dtype=torch.float64).requires_grad_()
+        for sizes in ((2, 7, 4), (5, 4))
+    )
+    target = torch.randint(0, 5, (*members, 2, 7), generator=generator)
+    upstream = torch.randn(members, generator=generator, dtype=torch.float64)
+    logits = 30.0 * x @ (head.mT if not members else head.mT.unsqueeze(1))
+    wanted = token_losses(logits, target).flatten(-2).mean(-1)
+    got = head_loss(x, head, target, 30.0)
+    torch.testing.assert_close(got, wanted)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (x, head), upstream),
+        torch.autograd.grad(wanted, (x, head), upstream),
+    )

@@ -39,23 +39,12 @@ def gates_and_scores(logits_TE: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def softmax_over_few(x: Tensor) -> Tensor:
-    """Softmax over a last axis of a few entries; on the CPU, PyTorch's own is five times slower."""
-    return torch.softmax(x, dim=-1) if x.is_cuda else apply(_Softmax, x)
+    """Softmax over a last axis of a few entries, taken from row to row of the transposed tensor.
 
-
-class _Softmax(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        out = (x - x.amax(-1, keepdim=True)).exp_()
-        out.div_(out.sum(-1, keepdim=True))
-        ctx.save_for_backward(out)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        (out,) = ctx.saved_tensors
-        weighted: Tensor = grads[0] * out
-        return weighted.addcmul_(out, weighted.sum(-1, keepdim=True), value=-1.0)
+    On the CPU that is twenty times as fast. The result is a transposed view, and what is computed
+    from it entry by entry keeps that layout.
+    """
+    return torch.softmax(x.mT, dim=-2).mT
 
 
 def route(gate_TE: Tensor, top_k: int, *, bias_E: Tensor | None, normalise: bool) -> Routing:
@@ -72,8 +61,8 @@ def route(gate_TE: Tensor, top_k: int, *, bias_E: Tensor | None, normalise: bool
         expert_TK = expert_TK + first_expert_R.view(-1, 1, 1)
     flat_A = expert_TK.reshape(-1)
     order_A = flat_A.argsort(stable=True)
-    inverse_A = torch.empty_like(order_A)
-    inverse_A[order_A] = torch.arange(len(order_A), device=order_A.device)
+    position_A = torch.arange(len(order_A), device=order_A.device)
+    inverse_A = torch.empty_like(order_A).scatter_(0, order_A, position_A)
     load_E = torch.bincount(flat_A, minlength=num_experts * members.numel())
     sizes = [] if use_grouped_mm(load_E) else load_E.tolist()
     token_A = order_A.div(top_k, rounding_mode="floor") if top_k > 1 else order_A
@@ -98,6 +87,11 @@ def load_balance_loss(score_TE: Tensor, load_E: Tensor) -> Tensor:
 def router_z_loss(logits_TE: Tensor) -> Tensor:
     """Mean squared log-sum-exp of the router logits. Source: Zoph et al. 2022, eq. 5."""
     return torch.logsumexp(logits_TE, dim=-1).square().mean(-1)
+
+
+def router_entropy(score_TE: Tensor) -> Tensor:
+    """Mean over tokens of the entropy of the experts' scores, in nats; of ONE layer."""
+    return -torch.xlogy(score_TE, score_TE).sum(-1).mean(-1)
 
 
 def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Tensor) -> Tensor:

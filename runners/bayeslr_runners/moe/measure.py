@@ -11,7 +11,9 @@ from typing import Any, NamedTuple
 import torch
 
 from bayeslr_runners.moe.data import Corpus, val_batches
-from bayeslr_runners.moe.model import MoeTransformer, token_losses
+from bayeslr_runners.moe.experts import router_entropy
+from bayeslr_runners.moe.losses import token_losses
+from bayeslr_runners.moe.model import MoeTransformer
 from bayeslr_runners.moe.probe import effective_rank, for_members, probe, representation_change
 
 
@@ -50,7 +52,9 @@ def measure(
         losses.append(token_losses(logits.float(), target).mean(dim=-1))
         if stats:
             loads.append(torch.stack([layer.load_E for layer in stats], dim=-2))
-            entropies.append(torch.stack([layer.entropy for layer in stats], dim=-1))
+            entropies.append(
+                torch.stack([router_entropy(layer.score_TE) for layer in stats], dim=-1)
+            )
     count = model.members[0] if model.members else 1
     loss_RB = torch.cat(losses, dim=-1).double().cpu().view(count, -1)
     state = probe(model, corpus, seq_len, device)
@@ -77,11 +81,16 @@ def measure(
 def load_summary(load_LE: torch.Tensor) -> dict[str, float]:
     """Extremes over layers of how evenly experts are used; 1 and E at uniform load."""
     share_LE = load_LE / load_LE.sum(dim=1, keepdim=True)
-    entropy_L = -torch.xlogy(share_LE, share_LE).sum(dim=1)
     return {
         "max_load": (share_LE.max() * share_LE.shape[1]).item(),
-        "effective_experts_min": entropy_L.min().exp().item(),
+        "effective_experts_min": effective_experts(load_LE).min().item(),
     }
+
+
+def effective_experts(load_LE: torch.Tensor) -> torch.Tensor:
+    """Exponential of the load's entropy in each layer; of any leading axes."""
+    share_LE = load_LE / load_LE.sum(dim=-1, keepdim=True)
+    return (-torch.xlogy(share_LE, share_LE).sum(dim=-1)).exp()
 
 
 def autocast(device: torch.device) -> torch.autocast:

@@ -7,6 +7,7 @@ be a stack of R members that never meet: then every tensor and parameter has a l
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from bayeslr_runners.moe.experts import (
     swiglu,
     swiglu_experts,
 )
+from bayeslr_runners.moe.losses import head_loss, token_losses
 from bayeslr_runners.moe.optim import group_of
 from bayeslr_runners.moe.options import ModelOptions
 from bayeslr_runners.moe.parametrization import Parametrization
@@ -44,12 +46,12 @@ RMS_EPS = 1e-6
 
 
 class LayerStats(NamedTuple):
-    """Router losses and load of one layer; scalars but for ``load_E``."""
+    """What a layer's router did: its losses (scalars), the load, and the scores of all experts."""
 
     balance_loss: Tensor
     z_loss: Tensor
     load_E: Tensor
-    entropy: Tensor
+    score_TE: Tensor
 
 
 class RMSNorm(nn.Module):
@@ -182,7 +184,8 @@ class MoeLayer(nn.Module):
     def _routed(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, LayerStats]:
         # Rounding of router logits changes which experts are chosen: float32, whatever the rest is.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = linear(x_TD.float(), router_ED.float())
+            # Experts first in memory: sums over them then run along the tokens.
+            logits_TE = linear(x_TD.float(), router_ED.float()).mT.contiguous().mT
             if self.router_output != 1.0:
                 logits_TE = logits_TE * self.router_output
             gate_TE, score_TE = gates_and_scores(logits_TE, self.gates)
@@ -192,13 +195,11 @@ class MoeLayer(nn.Module):
                 bias_E=self.selection_bias,
                 normalise=self.gates.endswith("_topk"),
             )
-            with torch.no_grad():
-                entropy = -torch.xlogy(score_TE, score_TE).sum(-1).mean(-1)
             stats = LayerStats(
                 load_balance_loss(score_TE, routing.load_E),
                 router_z_loss(logits_TE),
                 routing.load_E,
-                entropy,
+                score_TE.detach(),
             )
         return swiglu_experts(x_TD, routing, self.experts_up, self.experts_down), stats
 
@@ -272,6 +273,22 @@ class MoeTransformer(nn.Module):
 
     def forward(self, token_BS: Tensor) -> tuple[Tensor, list[LayerStats]]:
         """Logits (B, S, V), and what each router did."""
+        x_BSD, stats = self._represent(token_BS)
+        logits_BSV = linear(x_BSD, self.head)
+        if self.head_output != 1.0:
+            logits_BSV = logits_BSV * self.head_output
+        return logits_BSV, stats
+
+    def loss(self, token_BS: Tensor, target_BS: Tensor) -> tuple[Tensor, list[LayerStats]]:
+        """Mean loss in nats per token, of each member of a stack, and what each router did."""
+        if token_BS.is_cuda:
+            logits_BSV, stats = self(token_BS)
+            return token_losses(logits_BSV.float(), target_BS).flatten(-2).mean(-1), stats
+        x_BSD, stats = self._represent(token_BS)
+        return head_loss(x_BSD, self.head, target_BS, self.head_output), stats
+
+    def _represent(self, token_BS: Tensor) -> tuple[Tensor, list[LayerStats]]:
+        """What the head reads (B, S, D), and what each router did."""
         x_BSD = embed(token_BS, self.embedding)
         if self.embedding_output != 1.0:
             x_BSD = x_BSD * self.embedding_output
@@ -280,10 +297,7 @@ class MoeTransformer(nn.Module):
             x_BSD, layer_stats = block(x_BSD)
             if layer_stats is not None:
                 stats.append(layer_stats)
-        logits_BSV = linear(self.norm(x_BSD), self.head)
-        if self.head_output != 1.0:
-            logits_BSV = logits_BSV * self.head_output
-        return logits_BSV, stats
+        return self.norm(x_BSD), stats
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -303,40 +317,17 @@ def embed(token: Tensor, weight: Tensor) -> Tensor:
     return F.embedding(token + first_row_R.view(-1, 1, 1), weight.flatten(0, 1))
 
 
-def token_losses(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy of each token in nats, in the shape of ``target``."""
-    if logits.is_cuda:
-        losses = F.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none")
-    else:
-        losses = apply(_CrossEntropy, logits.flatten(0, -2), target.reshape(-1, 1))
-    return losses.view(target.shape)
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """On the CPU, PyTorch takes the exponential again in its backward pass, and clears a buffer."""
-
-    @staticmethod
-    def forward(ctx: Any, logits_TV: Tensor, target_T1: Tensor) -> Tensor:
-        largest_T1 = logits_TV.amax(-1, keepdim=True)
-        power_TV = (logits_TV - largest_T1).exp_()
-        total_T1 = power_TV.sum(-1, keepdim=True)
-        ctx.save_for_backward(power_TV, total_T1, target_T1)
-        return (total_T1.log() + largest_T1 - logits_TV.gather(-1, target_T1)).squeeze(-1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        power_TV, total_T1, target_T1 = ctx.saved_tensors
-        grad_T1 = grads[0].unsqueeze(-1)
-        grad_TV: Tensor = power_TV * (grad_T1 / total_T1)
-        return grad_TV.scatter_add_(-1, target_T1, -grad_T1), None
-
-
 def rotate(x_BS2HC: Tensor, theta: float) -> Tensor:
     """Turn neighbouring columns by an angle that grows with the position."""
     seq_len, d_head = x_BS2HC.shape[1], x_BS2HC.shape[-1]
-    device = x_BS2HC.device
-    frequency = theta ** -(torch.arange(0, d_head, 2, device=device).float() / d_head)
-    angle = torch.outer(torch.arange(seq_len, device=device).float(), frequency)
-    turn = torch.polar(torch.ones_like(angle), angle).view(seq_len, 1, 1, -1)
+    turn = _turns(seq_len, d_head, theta, x_BS2HC.device)
     pairs = torch.view_as_complex(x_BS2HC.float().reshape(*x_BS2HC.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * turn).flatten(-2)
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(seq_len: int, d_head: int, theta: float, device: torch.device) -> Tensor:
+    """Unit complex numbers by position and pair of columns, (S, 1, 1, C / 2)."""
+    frequency = theta ** -(torch.arange(0, d_head, 2, device=device).float() / d_head)
+    angle = torch.outer(torch.arange(seq_len, device=device).float(), frequency)
+    return torch.polar(torch.ones_like(angle), angle).view(seq_len, 1, 1, -1)

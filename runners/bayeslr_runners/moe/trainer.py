@@ -15,8 +15,8 @@ from torch import Tensor
 from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.data import Corpus, check_lengths, load_corpus, train_batch
-from bayeslr_runners.moe.measure import Measurement, autocast, load_summary, measure
-from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer, token_losses
+from bayeslr_runners.moe.measure import Measurement, autocast, effective_experts, measure
+from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer
 from bayeslr_runners.moe.optim import AdamW, param_groups, stacked_groups
 from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.parametrization import Parametrization, parametrization
@@ -49,7 +49,8 @@ class Trainer:
         self._rules = rules[0]
         self._initial_RTD: Tensor | None = None
         self.model = self._initial_model()
-        self.forward = torch.compile(self.model) if options.train.compile else self.model
+        loss = self.model.loss
+        self.loss = torch.compile(loss) if options.train.compile else loss
         groups = [
             param_groups(
                 self.model,
@@ -108,15 +109,13 @@ class Trainer:
         """
         input_BS, target_BS = self._batch(number)
         with autocast(self.device):
-            logits_BSV, stats = self.forward(input_BS)
-        loss = token_losses(logits_BSV.float(), target_BS).flatten(-2).mean(-1)
+            loss, stats = self.loss(input_BS, target_BS)
         self.optimizer.backward((loss + self._router_losses(stats)).sum())
         norm = self.optimizer.clip_grad(self.options.train.grad_clip)
         effective: list[float | None] = [None] * len(self.specs)
         if stats:
-            load_LE = torch.stack([layer.load_E for layer in stats], dim=-2).float()
-            load_RLE = load_LE.view(len(self.specs), *load_LE.shape[-2:])
-            effective = [load_summary(one)["effective_experts_min"] for one in load_RLE]
+            load_LE = torch.stack([layer.load_E for layer in stats], dim=-2)
+            effective = effective_experts(load_LE).amin(-1).flatten().tolist()
         if self.model.members or bool(torch.isfinite(loss + norm)):
             self.optimizer.step(lr_factor)
             self._balance(stats)
