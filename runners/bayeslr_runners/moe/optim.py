@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 from bayeslr.errors import SpecError
 from bayeslr_runners.moe.parametrization import Parametrization
@@ -115,13 +116,14 @@ class AdamW:
         self.num_steps += 1
         self.lr_factor = lr_factor
         for group in self.groups:
-            num_steps = torch.full((), float(self.num_steps), device=group.weights.device)
             for lr, weight_decay, row in zip(
                 group.peak_lr, group.weight_decay, group.rows, strict=True
             ):
                 weights, grad, mean, square = ([one] for one in row)
-                torch._fused_adamw_(
-                    weights, grad, mean, square, [], [num_steps], lr=lr * lr_factor,
+                # PyTorch counts the step itself.
+                done = torch.full((), self.num_steps - 1.0, device=row[0].device)
+                adamw(
+                    weights, grad, mean, square, [], [done], fused=True, lr=lr * lr_factor,
                     beta1=self.beta1, beta2=self.beta2, weight_decay=weight_decay, eps=group.eps,
                     amsgrad=False, maximize=False,
                 )  # fmt: skip
