@@ -119,6 +119,8 @@ def stand_ins() -> dict[tuple[str, str], Any]:
         ("bayeslr.predict", "predict"): fakes.predict,
         ("bayeslr.acquire", "choose"): fakes.choose,
         ("bayeslr.report", "report"): fakes.report,
+        ("bayeslr.verdicts", "with_verdicts"): fakes.with_verdicts,
+        ("bayeslr.verdicts", "verdict_lines"): fakes.verdict_lines,
         ("bayeslr.blend", "blend"): blend,
     }
 
