@@ -263,7 +263,7 @@ def test_floors_beyond_all_measure_leave_the_valley_to_pairs_of_runs(
     """As in a normal approximation whose penalty is steep: the runs of a slice share such a floor,
     and their differences still tell its optimum.
     """
-    runs = [candidate(f"u{u}", u=u) for u in (-1.4, 0.0, 1.4)]
+    runs = [candidate(f"u{u}", u=u) for u in (-1.4, -0.7, -0.35, 0.0, 0.35, 0.7, 1.4)]
     real = acquire.target_draws
 
     def wild(*words: Any, **more: Any) -> Any:
