@@ -20,8 +20,15 @@ import numpy as np
 
 from bayeslr import laws
 from bayeslr.errors import UntrustworthyFit
+from bayeslr.pointwise import noise_parameters
 from bayeslr.posterior import Posterior
-from bayeslr.predict import TargetDraws, extra_tokens_share, target_draws
+from bayeslr.predict import (
+    TargetDraws,
+    extra_tokens_share,
+    family_of,
+    target_draws,
+    target_features,
+)
 from bayeslr.runner_protocol import find_runner
 from bayeslr.runs import horizon
 from bayeslr.space import candidates as candidates_of
@@ -249,24 +256,16 @@ def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
 
     u, excess: (draw, observation), of the cells observed.
     """
-    kept = posterior.thinned(len(u))
-    families, centre = list(posterior.info["families"]), posterior.info["centre"]
+    at, centre = target_features(cells), posterior.info["centre"]
+    # The card's noise is stated at the centre of data; where there are none it has no slopes.
+    d_batch, d_tokens = (
+        at[name] - (centre[name] if posterior.design is not None else at[name])
+        for name in ("log_batch", "log_tokens")
+    )
     # A family that the fit has not seen is taken to be as noisy as the first.
-    of = [families.index(t.family) if t.family in families else 0 for t in cells]
-
-    def value(name: str) -> FloatArray:
-        draws = posterior.flat(name)[kept]
-        return draws[:, of] if draws.ndim == 2 else draws[:, None]
-
-    def off_mean(name: str, logs: FloatArray) -> FloatArray:
-        # The card's noise is stated at the centre of data; where there are none it has no slopes.
-        return logs - centre[name] if posterior.design is not None else np.zeros(len(logs))
-
-    scale = laws.noise_scale(
-        excess, u, off_mean("log_batch", np.log([t.batch_tokens for t in cells])),
-        off_mean("log_tokens", np.log([t.tokens for t in cells])),
-        {name: value(name) for name in laws.NOISE}, 0.0,
-    )  # fmt: skip
+    family = np.array([family_of(posterior, cell) or 0 for cell in cells])
+    noise = noise_parameters(posterior, posterior.thinned(len(u)), family)
+    scale = laws.noise_scale(excess, u, d_batch, d_tokens, noise, 0.0)
     return np.asarray(np.median(scale, axis=0) ** 2)
 
 

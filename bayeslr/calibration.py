@@ -25,14 +25,12 @@ import numpy as np
 from bayeslr.errors import DataError, SpecError
 from bayeslr.features import build_design
 from bayeslr.models import valley
-from bayeslr.models.compiled import compiled_model
 from bayeslr.models.simulate import PlannedSlice, Simulation, simulate
-from bayeslr.nuts import sample
-from bayeslr.posterior import LOOP_GATE, make_posterior, mixed
+from bayeslr.posterior import LOOP_GATE, make_posterior
 from bayeslr.predict import predict, target_draws
 from bayeslr.priors import SLOPES, Prior, load_prior
 from bayeslr.runs import make_table
-from bayeslr.sampling import configure_jax, preconditioned, unpadded
+from bayeslr.sampling import configure_jax, sample_design
 from bayeslr.specs import Target
 
 if TYPE_CHECKING:
@@ -383,17 +381,12 @@ def _fit(runs: RunTable, card: Prior, *, seed: int) -> Posterior:
     own = valley.sizes_of(design)
     fitting = [s for s in _SIZES if all(own[level] <= s[level] for level in s)]
     sizes = {**fitting[0], "family": own["family"]} if fitting else own
-    arrays = valley.model_data(design, sizes)
-    compiled = compiled_model(arrays, card, own["family"])
-    arrays, mode, root = preconditioned(compiled, arrays, card)
-    draws, statistics = sample(
-        compiled, arrays, mode, root, seed=seed,
-        num_warmup=_NUM_WARMUP, num_draws=_NUM_DRAWS, num_chains=_NUM_CHAINS,
-        max_rounds=_MAX_ROUNDS,
-        enough=lambda draws: mixed(unpadded(draws, own), LOOP_GATE),
+    draws, statistics = sample_design(
+        design, card, sizes=sizes, gate=LOOP_GATE, seed=seed, num_warmup=_NUM_WARMUP,
+        num_draws=_NUM_DRAWS, num_chains=_NUM_CHAINS, max_rounds=_MAX_ROUNDS,
     )  # fmt: skip
     return make_posterior(
-        unpadded(draws, own), design, runs, card, method="bayes", seed=seed, statistics=statistics
+        draws, design, runs, card, method="bayes", seed=seed, statistics=statistics
     )
 
 

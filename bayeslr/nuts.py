@@ -27,7 +27,8 @@ WINDOW = 100
 _FIRST_STEP = 0.2
 
 # What is kept of each transition.
-_KEPT = ("z", "z_grad", "num_steps", "diverging", "accept_prob")
+_STATISTICS = ("num_steps", "diverging", "accept_prob")
+_KEPT = ("z", "z_grad", *_STATISTICS)
 
 
 class _Chains:
@@ -40,7 +41,6 @@ class _Chains:
         self.compiled, self.data, self.num_chains = compiled, data, num_chains
         self._begin, self._advance = _transitions(compiled, num_chains, target_accept)
         self._key = jax.random.PRNGKey(seed)
-        self._step = _FIRST_STEP
         self._state: Any = None
 
     def start(self, x: FloatArray, centre: FloatArray, root: FloatArray) -> None:
@@ -49,23 +49,27 @@ class _Chains:
         import jax.numpy as jnp
 
         self.centre, self.root = centre, root
+        step = _FIRST_STEP
+        if self._state is not None:
+            step = float(np.mean(self._state.adapt_state.step_size))
         self._key, *keys = jax.random.split(self._key, self.num_chains + 1)
         states = []
         for at, key in zip(x, keys, strict=True):
             energy, gradient = self.compiled.value_and_grad(at, self.data)
             z = jnp.asarray(np.linalg.solve(root, at - centre))
             pull = jnp.asarray(root.T @ np.asarray(gradient))
-            states.append(self._begin(key, z, energy, pull, self._step, (centre, root, self.data)))
+            states.append(self._begin(key, z, energy, pull, step, (centre, root, self.data)))
         self._state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
 
     def run(self) -> dict[str, FloatArray]:
-        """`WINDOW` transitions: x, gradient of the log density in x, statistics, (chain, draw)."""
+        """`WINDOW` transitions: x (chain, draw, parameter), and what is kept, in z."""
         self._state, found = self._advance(self._state, self.centre, self.root, self.data)
         kept = {name: np.asarray(values) for name, values in found.items()}
-        self._step = float(np.mean(self._state.adapt_state.step_size))
-        kept["x"] = self.centre + kept["z"] @ self.root.T
-        kept["gradient"] = -kept.pop("z_grad") @ np.linalg.inv(self.root)
-        return kept
+        return {**kept, "x": self.centre + kept["z"] @ self.root.T}
+
+    def gradient(self, window: dict[str, FloatArray]) -> FloatArray:
+        """Of the log density in x, where a window in these coordinates went."""
+        return np.asarray(-window["z_grad"] @ np.linalg.inv(self.root))
 
 
 def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float) -> tuple[Any, Any]:
@@ -152,27 +156,28 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
     centre, seen = mode, []
     for i in range(num_windows):
         chains.start(x, centre, root)
-        seen.append(chains.run())
+        window = chains.run()
         progress(f"warm-up: window {i + 1} of {num_windows}")
-        x = seen[-1]["x"][:, -1]
+        x = window["x"][:, -1]
         if i + 1 < num_windows:
+            seen.append((window["x"], chains.gradient(window)))
             # The first windows are on their way to where the posterior lies.
-            kept = seen[len(seen) // 2 :]
             at, gradient = (
-                np.concatenate([window[name].reshape(-1, compiled.size) for window in kept])
-                for name in ("x", "gradient")
+                np.concatenate([part.reshape(-1, compiled.size) for part in parts])
+                for parts in zip(*seen[len(seen) // 2 :], strict=True)
             )
             centre = at.mean(axis=0)
             root = rounder(root, np.linalg.solve(root, (at - centre).T).T, gradient @ root)
     draws: dict[str, FloatArray] = {}
-    windows: list[dict[str, FloatArray]] = []
+    told: list[dict[str, FloatArray]] = []
     for i in range(max_rounds):
         found = []
         for _ in range(-(-num_draws // WINDOW)):
-            found.append(chains.run())
-            windows.append(found[-1])
-            progress(f"{WINDOW * len(windows):,} draws of each of {num_chains} chains")
-        new = compiled.draws(np.concatenate([window["x"] for window in found], axis=1), data)
+            window = chains.run()
+            found.append(window["x"])
+            told.append({name: window[name] for name in _STATISTICS})
+            progress(f"{WINDOW * len(told):,} draws of each of {num_chains} chains")
+        new = compiled.draws(np.concatenate(found, axis=1), data)
         draws = {
             name: np.concatenate([draws[name], new[name]], axis=1) if i else new[name]
             for name in new
@@ -180,8 +185,8 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
         if enough(draws):
             break
     statistics = {
-        "divergences": float(sum(np.sum(window["diverging"]) for window in windows)),
-        "mean_steps": float(np.mean([window["num_steps"] for window in windows])),
-        "mean_acceptance": float(np.mean([window["accept_prob"] for window in windows])),
+        "divergences": float(sum(np.sum(window["diverging"]) for window in told)),
+        "mean_steps": float(np.mean([window["num_steps"] for window in told])),
+        "mean_acceptance": float(np.mean([window["accept_prob"] for window in told])),
     }
     return draws, statistics

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
-from bayeslr.priors import PER_FAMILY, SLOPES
+from bayeslr.priors import SLOPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -61,12 +61,10 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
         offset, np.exp(value("log_curvature", s)), np.exp(value("log_skew", g))
     )
     mid = posterior.info["centre"]
-    of_family = {
-        name: value(name, g if name in PER_FAMILY else None) for name in laws.NOISE
-    }  # fmt: skip
     scale = laws.noise_scale(
         excess, offset, design.log_batch[s] - mid["log_batch"],
-        design.log_tokens[c] - mid["log_tokens"], of_family, design.loss_se[runs],
+        design.log_tokens[c] - mid["log_tokens"], noise_parameters(posterior, draws, g),
+        design.loss_se[runs],
     )  # fmt: skip
     slopes = posterior.flat("family_slope")[draws]
     below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
@@ -81,6 +79,16 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
         offset=offset, excess=excess, mean=value("floor", s) + excess, scale=scale,
         dof=1.0 + value("noise_dof"), logit=(design.log_lr[runs] - edge) / value("edge_width"),
     )  # fmt: skip
+
+
+def noise_parameters(
+    posterior: Posterior, draws: IntArray, family: IntArray
+) -> dict[str, FloatArray]:
+    """What `laws.noise_scale` asks for, at each run's family (run,): (draw, run), or (draw, 1)
+    where it is one for all; from a card alone it always is.
+    """
+    found = {name: posterior.flat(name)[draws] for name in laws.NOISE}
+    return {name: v[:, family] if v.ndim == 2 else v[:, None] for name, v in found.items()}
 
 
 def has_loss(design: Design) -> BoolArray:

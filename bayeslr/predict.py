@@ -115,7 +115,8 @@ def read_targets(path: str | Path) -> list[Target]:
     return targets
 
 
-def _features(targets: Sequence[Target]) -> dict[str, FloatArray]:
+def target_features(targets: Sequence[Target]) -> dict[str, FloatArray]:
+    """Natural logs of what the law regresses on, by the names of `REGRESSORS`, each (target,)."""
     n_active = np.log([t.n_active for t in targets])
     return {
         "log_n_active": n_active,
@@ -255,7 +256,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
     prior, centre = posterior.prior, posterior.info["centre"]
     reference = prior.log_reference
-    x = _features(targets)
+    x = target_features(targets)
     families = [family_of(posterior, target) for target in targets]
     effects = _Effects(int(posterior.info["seed"]), num_draws)
     measured, design = _measured(posterior), posterior.design
@@ -367,7 +368,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
 def _two_stage_draws(posterior: Posterior, targets: Sequence[Target],
                      max_draws: int) -> TargetDraws:  # fmt: skip
     kept = posterior.thinned(max_draws)
-    x, centre = _features(targets), posterior.info["centre"]
+    x, centre = target_features(targets), posterior.info["centre"]
     away = np.stack([x[k] - centre[k] for k in REGRESSORS])
     rng = np.random.default_rng([int(posterior.info["seed"]), 20_260_105])
     shape = (len(kept), len(targets))
@@ -448,7 +449,7 @@ def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray
     low, high = posterior.info["data_low"], posterior.info["data_high"]
     if not low:
         return np.full(len(targets), np.inf)
-    x, total = _features(targets), np.zeros(len(targets))
+    x, total = target_features(targets), np.zeros(len(targets))
     for name in REGRESSORS:
         outside = np.maximum(np.maximum(low[name] - x[name], x[name] - high[name]), 0.0)
         total += (outside / max(high[name] - low[name], math.log(2.0))) ** 2

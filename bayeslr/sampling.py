@@ -26,6 +26,8 @@ from bayeslr.priors import OUTPUTS, Prior, load_prior
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bayeslr.features import Design
+    from bayeslr.posterior import Gate
     from bayeslr.runs import RunTable
 
     FloatArray = NDArray[np.float64]
@@ -226,10 +228,10 @@ def _recentred(x: FloatArray, compiled: CompiledModel, prior: Prior, old: valley
                new: valley.Arrays) -> FloatArray:  # fmt: skip
     """The same point when effects are centred by the shares in ``new`` instead of ``old``."""
     x = x.copy()
-    found = compiled.outputs(x[None], tuple(old.values()))
+    means = compiled.means(x, tuple(old.values()))
     for effect, (share, sd) in valley.EFFECTS.items():
         at = compiled.index(f"{effect}_raw")
-        mean, s = np.asarray(found[f"{effect}_mean"])[0], prior[sd].location
+        mean, s = np.asarray(means[f"{effect}_mean"]), prior[sd].location
         before, after = old[share], new[share]
         deviation = s ** (1.0 - before) * (x[at].reshape(mean.shape) - before * mean)
         x[at] = (after * mean + s ** (after - 1.0) * deviation).ravel()
@@ -266,7 +268,7 @@ def whitening(compiled: CompiledModel, hessian: FloatArray, least: float = 0.5) 
     return np.asarray(root, dtype=np.float64)
 
 
-def preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior,
+def _preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior,
                    ) -> tuple[valley.Arrays, FloatArray, FloatArray]:  # fmt: skip
     """Arrays with effects centred as their runs tell them, the mode, and the whitening there.
 
@@ -306,21 +308,14 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     sizes = padded(valley.sizes_of(design)) if fast else None
     if fast:
         num_warmup, num_draws = min(num_warmup, 200), min(num_draws, 300)
-    arrays = valley.model_data(design, sizes)
-    compiled = compiled_model(arrays, card, len(design.families))
-    arrays, mode, root = preconditioned(compiled, arrays, card)
     gate = LOOP_GATE if fast else REPORT_GATE
-
-    def enough(draws: dict[str, FloatArray]) -> bool:
-        return mixed(unpadded(draws, valley.sizes_of(design)), gate)
-
-    draws, statistics = sample(
-        compiled, arrays, mode, root, seed=seed, num_warmup=num_warmup,
-        num_draws=num_draws, num_chains=num_chains, enough=enough, max_rounds=4 if fast else 8,
-        target_accept=0.8 if fast else 0.9, progress=_shown if progress else _unseen,
+    show = _shown if progress else _unseen
+    draws, statistics = sample_design(
+        design, card, sizes=sizes, gate=gate, seed=seed, num_warmup=num_warmup,
+        num_draws=num_draws, num_chains=num_chains, max_rounds=4 if fast else 8,
+        target_accept=0.8 if fast else 0.9, progress=show,
     )  # fmt: skip
-    _shown("") if progress else None
-    draws = unpadded(draws, valley.sizes_of(design))
+    show("")
     statistics["seconds"] = time.monotonic() - started
     return make_posterior(
         draws, design, runs, card, method=method, seed=seed, statistics=statistics, gate=gate
@@ -335,6 +330,24 @@ def _shown(line: str) -> None:
 
 def _unseen(line: str) -> None:
     """No progress."""
+
+
+def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | None = None,
+                  gate: Gate, **how: Any,
+                  ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
+    """Draws of the valley model at a design, each (chain, draw, ...), and the sampler's statistics.
+
+    sizes: to pad to, so that tables share a compilation. gate: the chains go on until it is passed.
+    how: as in `bayeslr.nuts.sample`.
+    """
+    own = valley.sizes_of(design)
+    arrays = valley.model_data(design, sizes)
+    compiled = compiled_model(arrays, card, own["family"])
+    arrays, mode, root = _preconditioned(compiled, arrays, card)
+    draws, statistics = sample(
+        compiled, arrays, mode, root, enough=lambda draws: mixed(unpadded(draws, own), gate), **how
+    )
+    return unpadded(draws, own), statistics
 
 
 def padded(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -23,7 +23,7 @@ from bayeslr.errors import BayeslrError
 from bayeslr.features import REGRESSORS, build_design
 from bayeslr.importers import steplaw
 from bayeslr.models import two_stage
-from bayeslr.predict import read_targets
+from bayeslr.predict import read_targets, target_features
 from bayeslr.recorded import QUANTILE_LEVELS, answer
 from bayeslr.replay.scoring import read_truth, score
 from bayeslr.report.published import PUBLISHED_LAWS
@@ -49,12 +49,7 @@ def bootstrap(runs: RunTable, targets: list[Target], seed: int) -> NDArray[np.fl
     told = two_stage.fit(design, seed=seed, num_draws=2)["coefficient"].any(axis=(0, 1))
     features = design.slice_features()
     names = [name for name, used in zip(REGRESSORS, told, strict=True) if used]
-    at = {
-        "log_n_active": np.log([t.n_active for t in targets]),
-        "log_sparsity": np.log([t.n_active / t.n_total for t in targets]),
-        "log_tokens": np.log([t.tokens for t in targets]),
-        "log_batch": np.log([t.batch_tokens for t in targets]),
-    }
+    at = target_features(targets)
     good = np.flatnonzero(np.isfinite(vertex))
     x = np.column_stack([np.ones(len(vertex)), *(features[name] for name in names)])
     x_target = np.column_stack([np.ones(len(targets)), *(at[name] for name in names)])

@@ -6,7 +6,7 @@ Compiled once with its data as arguments, so that every table of the same padded
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,15 +30,16 @@ class CompiledModel:
     """A model as JAX functions of one flat vector and of its data.
 
     names, shapes: value variables in order. ``log_density(x, data)`` is a scalar, ``outputs(x,
-    data)`` every variable by name, of which ``reported`` are kept as draws.
+    data)`` the reported variables by name for x (draw, parameter), ``means(x, data)`` the means of
+    the effects at one x.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    reported: frozenset[str]
     start: FloatArray
     log_density: Callable[[Any, Sequence[Any]], Any]
     outputs: Callable[[Any, Sequence[Any]], dict[str, Any]]
+    means: Callable[[Any, Sequence[Any]], dict[str, Any]]
     value_and_grad: Callable[[Any, Sequence[Any]], Any]
     sampler: dict[tuple[int, ...], Any]
 
@@ -48,7 +49,6 @@ class CompiledModel:
         return {
             name: np.asarray(values).reshape(x.shape[:2] + values.shape[1:])
             for name, values in found.items()
-            if name in self.reported
         }
 
     @property
@@ -62,14 +62,6 @@ class CompiledModel:
         effects = [self.index(name) for name in self.names if name.endswith("_raw")]
         local = np.concatenate(effects)
         return np.concatenate([np.setdiff1d(np.arange(self.size), local), local])
-
-    @property
-    def num_global(self) -> int:
-        """Number of parameters that are no effect of a group."""
-        return sum(
-            int(np.prod(shape)) for name, shape in zip(self.names, self.shapes, strict=True)
-            if not name.endswith("_raw")
-        )  # fmt: skip
 
     def index(self, name: str) -> NDArray[np.int64]:
         """Positions of a value variable in the flat vector."""
@@ -96,6 +88,8 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     values = list(model.value_vars)
     transformed = model.unobserved_value_vars
     names_out = [variable.name for variable in transformed]
+    reported = {*prior.parameters, *OUTPUTS}
+    of_effects = {f"{effect}_mean" for effect in valley.EFFECTS}
     graphs = graph_replace(
         [model.logp(), *transformed], dict(zip(shared, inputs, strict=True)), strict=False
     )
@@ -118,17 +112,20 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     def log_density(x: Any, data: Sequence[Any]) -> Any:
         return jnp.asarray(function(*unpack(x), *data)[0])
 
-    def outputs(x: Any, data: Sequence[Any]) -> dict[str, Any]:
+    def variables(x: Any, data: Sequence[Any], wanted: Set[str]) -> dict[str, Any]:
         found = function(*unpack(x), *data)[1:]
-        return dict(zip(names_out, found, strict=True))
+        return {name: v for name, v in zip(names_out, found, strict=True) if name in wanted}
+
+    def outputs(x: Any, data: Sequence[Any]) -> dict[str, Any]:
+        return variables(x, data, reported)
 
     return CompiledModel(
         names=names,
         shapes=shapes,
-        reported=frozenset([*prior.parameters, *OUTPUTS]),
         start=np.concatenate([np.ravel(point[name]) for name in names]).astype(float),
         log_density=log_density,
         outputs=jax.jit(jax.vmap(outputs, in_axes=(0, None))),
+        means=jax.jit(lambda x, data: variables(x, data, of_effects)),
         value_and_grad=jax.jit(jax.value_and_grad(lambda x, data: -log_density(x, data))),
         sampler={},
     )
