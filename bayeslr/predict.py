@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,9 +33,14 @@ if TYPE_CHECKING:
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 QUANTILE_COLUMNS = tuple(f"lr_q{round(100 * q):02d}" for q in QUANTILES)
 
-# Points of the search for the LR of least expected regret; a parabola refines between them.
-_SEARCH_POINTS = 25
-_MAX_DRAWS, _MAX_CELLS = 2000, 2_000_000
+# Draws of a target, at least and at most, and of all targets together.
+_FEWEST_DRAWS, _MAX_DRAWS, _MAX_CELLS = 250, 2000, 4_000_000
+
+# Targets of one pass: so many that their draws stay in a core's own cache.
+_CHUNK = 512
+
+# Steps of the search for the LR of least expected regret: a grid of eight, halved this many times.
+_HALVINGS = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,7 +219,7 @@ def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
 
 
 class _Effects:
-    """New effects of groups that were not measured: one vector of draws a group, made once."""
+    """New effects of groups that were not measured, each (draw, group), from the fit's own seed."""
 
     def __init__(self, seed: int, num_draws: int) -> None:
         self._rng = np.random.default_rng([seed, 20_260_105])
@@ -221,146 +227,148 @@ class _Effects:
         self._new: dict[Any, FloatArray] = {}
 
     def normal(self, key: Any) -> FloatArray:
+        """Standard normal draws (draw,); the same for the same key."""
         if key not in self._new:
-            self._new[key] = self._rng.normal(size=self._num_draws)
+            self._new[key] = self._rng.standard_normal(self._num_draws)
         return self._new[key]
 
+    def of_groups(self, group: NDArray[np.int64]) -> FloatArray:
+        """Standard normal draws (draw, target): a column for each ``group`` (target,)."""
+        num_groups = int(group.max()) + 1
+        new = self._rng.standard_normal((self._num_draws, num_groups))
+        return new if num_groups == len(group) else new[:, group]
 
-def _measured(posterior: Posterior) -> dict[Any, int]:
-    """Index of each measured shape, cell and slice by what identifies a target."""
+
+def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
+    """Index of each measured shape, cell and slice, by level and by what identifies a target."""
     design = posterior.design
-    found: dict[Any, int] = {}
+    found: dict[str, dict[Any, int]] = {"shape": {}, "cell": {}, "slice": {}}
     if design is None or "lr_cell" not in posterior.draws:
         return found
-    shapes = list(zip(design.family_of_shape, design.log_n_active.round(4),
-                      design.log_sparsity.round(4), strict=True))  # fmt: skip
-    for h, (g, n_active, sparsity) in enumerate(shapes):
-        found["shape", int(g), float(n_active), float(sparsity)] = h
-    for c, h in enumerate(design.shape_of_cell):
-        if design.annealed[c]:
-            g, n_active, sparsity = shapes[h]
-            tokens = float(design.log_tokens[c].round(4))
-            found["cell", int(g), float(n_active), float(sparsity), tokens] = c
-    for s, c in enumerate(design.cell_of_slice):
-        if design.annealed[c]:
-            g, n_active, sparsity = shapes[design.shape_of_cell[c]]
-            tokens, batch = design.log_tokens[c].round(4), design.log_batch[s].round(4)
-            key = (int(g), float(n_active), float(sparsity), float(tokens), float(batch))
-            found[("slice", *key)] = s
+    shapes = list(zip(design.family_of_shape.tolist(), design.log_n_active.round(4).tolist(),
+                      design.log_sparsity.round(4).tolist(), strict=True))  # fmt: skip
+    cells = [
+        (*shapes[h], tokens)
+        for h, tokens in zip(design.shape_of_cell, design.log_tokens.round(4).tolist(), strict=True)
+    ]
+    found["shape"] = {shape: h for h, shape in enumerate(shapes)}
+    found["cell"] = {cell: c for c, cell in enumerate(cells) if design.annealed[c]}
+    found["slice"] = {
+        (*cells[c], batch): s
+        for s, (c, batch) in enumerate(
+            zip(design.cell_of_slice, design.log_batch.round(4).tolist(), strict=True)
+        )
+        if design.annealed[c]
+    }
     return found
+
+
+# Entries of a target's key (family, size, sparsity, tokens, batch) that identify each level.
+_DEPTH = {"shape": 3, "cell": 4, "slice": 5}
 
 
 def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: int) -> TargetDraws:
     kept = posterior.thinned(max_draws)
     num_draws, num_targets = len(kept), len(targets)
     draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
+    # Parameters of the population, each (draw, 1).
+    p = {name: values[:, None] for name, values in draws.items() if values.ndim == 1}
     prior, centre = posterior.prior, posterior.info["centre"]
     reference = prior.log_reference
     x = target_features(targets)
-    families = [family_of(posterior, target) for target in targets]
     effects = _Effects(int(posterior.info["seed"]), num_draws)
-    measured, design = _measured(posterior), posterior.design
     away = {k: centre[k] - reference[k] for k in reference}
 
-    cache: dict[tuple[str, int | None], FloatArray] = {}
+    families = [family_of(posterior, target) for target in targets]
+    columns = {g: i for i, g in enumerate(dict.fromkeys(families))}
+    column = np.array([columns[g] for g in families])
 
-    def of_family(name: str, g: int | None) -> FloatArray:
-        if (name, g) not in cache:
-            if g is None:
-                cache[name, g] = new_family(name, draws, prior, away, effects.normal)
-            elif name in SLOPES:
-                cache[name, g] = draws["family_slope"][:, g, SLOPES.index(name)]
-            else:
-                cache[name, g] = draws[name][:, g]
-        return cache[name, g]
+    def of_family(name: str) -> FloatArray:
+        """Draws of a family's parameter, (draw, target), or (draw, 1) where all share a family."""
+        found = [
+            new_family(name, draws, prior, away, effects.normal) if g is None
+            else draws["family_slope"][:, g, SLOPES.index(name)] if name in SLOPES
+            else draws[name][:, g]
+            for g in columns
+        ]  # fmt: skip
+        return np.stack(found, axis=1) if len(found) == 1 else np.stack(found, axis=1)[:, column]
 
+    values = np.stack([x[k].round(4) for k in REGRESSORS], axis=1).tolist()
+    keys = [(g, *row) for g, row in zip(families, values, strict=True)]
+    measured, index, group = _measured(posterior), {}, {}
+    for level, depth in _DEPTH.items():
+        own = [key[:depth] for key in keys]
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(own))}
+        group[level] = np.array([numbers[key] for key in own])
+        index[level] = np.array([measured[level].get(key, -1) for key in own])
+
+    def of_level(level: str, name: str, new: FloatArray) -> FloatArray:
+        """``new`` (draw, target), with what was measured in the columns of measured groups."""
+        seen = index[level] >= 0
+        if seen.any():
+            new[:, seen] = draws[name][:, index[level][seen]]
+        return new
+
+    def scatter(level: str, sd: str) -> FloatArray:
+        return np.asarray(p[sd] * effects.of_groups(group[level]))
+
+    d_n, d_s, d_d = (x[k] - centre[k] for k in REGRESSORS[:3])
+    best_batch = of_level(
+        "cell", "best_batch",
+        of_family("best_batch_level") + p["best_batch_n_active"] * d_n
+        + p["best_batch_tokens"] * d_d + scatter("cell", "best_batch_cell_sd"),
+    )  # fmt: skip
+    lr_cell = (
+        of_family("lr_level") + of_family("lr_n_active") * d_n + of_family("lr_sparsity") * d_s
+        + of_family("lr_tokens") * d_d
+        + of_level("shape", "lr_shape", scatter("shape", "lr_shape_sd"))
+        + scatter("cell", "lr_cell_sd")
+    )  # fmt: skip
+    seen = index["shape"] >= 0
+    if seen.any():
+        # What is peculiar to a shape is stated at its own tokens: a new one has no others.
+        assert posterior.design is not None
+        h = index["shape"][seen]
+        away_tokens = x["log_tokens"][seen] - posterior.design.shape_log_tokens[h]
+        lr_cell[:, seen] += draws["lr_tokens_shape"][:, h] * away_tokens
+    lr_cell = of_level("cell", "lr_cell", lr_cell)
+    exponent_n, exponent_d = (of_family(f"loss_exponent_{by}") for by in ("n_active", "tokens"))
+    loss_cell = of_level(
+        "cell", "loss_cell",
+        of_family("loss_level") + of_family("loss_n_active") * np.expm1(-exponent_n * d_n)
+        + of_family("loss_tokens") * np.expm1(-exponent_d * d_d)
+        + of_level("shape", "loss_shape", scatter("shape", "loss_shape_sd"))
+        + scatter("cell", "loss_cell_sd"),
+    )  # fmt: skip
+    # Floor, curvature and edge are stated at the data's mean batch; a card alone has none, and
+    # states them at the best batch.
+    z = x["log_batch"] - best_batch
+    d_batch = x["log_batch"] - centre["log_batch"] if "log_batch" in centre else z
+    zero = z - d_batch
+    slopes = of_family("lr_batch_below"), of_family("lr_batch_above")
+    knee, zero_knee = laws.batch_knee(z, *slopes), laws.batch_knee(zero, *slopes)
+    penalty = of_family("penalty_scale") * np.exp(p["penalty_tokens"] * d_d)
+    by_batch = laws.linex(z, p["penalty_skew"]) - laws.linex(zero, p["penalty_skew"])
     shape = (num_draws, num_targets)
-    out = {name: np.empty(shape) for name in
-           ("log_lr", "log_curvature", "skew", "log_edge", "floor", "loss_tokens",
-            "loss_exponent")}  # fmt: skip
-    for t, g in enumerate(families):
-        d_n, d_s, d_d = (x[k][t] - centre[k] for k in REGRESSORS[:3])
-        where = tuple(float(np.round(x[k][t], 4)) for k in REGRESSORS)
-        h = measured.get(("shape", g, *where[:2]))
-        c = measured.get(("cell", g, *where[:3]))
-        s = measured.get(("slice", g, *where))
-        if c is not None:
-            best_batch, lr_cell = draws["best_batch"][:, c], draws["lr_cell"][:, c]
-            loss_cell = draws["loss_cell"][:, c]
-        else:
-            best_batch = (
-                of_family("best_batch_level", g) + draws["best_batch_n_active"] * d_n
-                + draws["best_batch_tokens"] * d_d
-                + draws["best_batch_cell_sd"] * effects.normal(("batch", g, where[:3]))
-            )  # fmt: skip
-            lr_shape = (
-                draws["lr_shape"][:, h] if h is not None
-                else draws["lr_shape_sd"] * effects.normal(("shape", g, where[:2]))
-            )  # fmt: skip
-            # What is peculiar to a shape is stated at its own tokens: a new one has no others.
-            drift = 0.0
-            if h is not None and design is not None:
-                drift = draws["lr_tokens_shape"][:, h] * (
-                    x["log_tokens"][t] - design.shape_log_tokens[h]
-                )
-            lr_cell = (
-                of_family("lr_level", g) + of_family("lr_n_active", g) * d_n
-                + of_family("lr_sparsity", g) * d_s
-                + of_family("lr_tokens", g) * d_d
-                + lr_shape + drift + draws["lr_cell_sd"] * effects.normal(("cell", g, where[:3]))
-            )  # fmt: skip
-            exponent_n = of_family("loss_exponent_n_active", g)
-            exponent_d = of_family("loss_exponent_tokens", g)
-            loss_shape = (
-                draws["loss_shape"][:, h] if h is not None
-                else draws["loss_shape_sd"] * effects.normal(("loss shape", g, where[:2]))
-            )  # fmt: skip
-            loss_cell = (
-                of_family("loss_level", g)
-                + of_family("loss_n_active", g) * np.expm1(-exponent_n * d_n)
-                + of_family("loss_tokens", g) * np.expm1(-exponent_d * d_d)
-                + loss_shape + draws["loss_cell_sd"] * effects.normal(("loss", g, where[:3]))
-            )  # fmt: skip
-        z = x["log_batch"][t] - best_batch
-        slopes = of_family("lr_batch_below", g), of_family("lr_batch_above", g)
-        knee = laws.batch_knee(z, *slopes)
-        # Floor, curvature and edge are stated at the data's mean batch; a card alone has none, and
-        # states them at the best batch.
-        d_batch = x["log_batch"][t] - centre["log_batch"] if "log_batch" in centre else z
-        zero = z - d_batch
-        zero_knee = laws.batch_knee(zero, *slopes)
-        if s is not None:
-            out["log_lr"][:, t] = draws["lr_opt"][:, s]
-            out["log_curvature"][:, t] = draws["log_curvature"][:, s]
-            out["floor"][:, t] = draws["floor"][:, s]
-        else:
-            out["log_lr"][:, t] = (
-                lr_cell + knee + draws["lr_slice_sd"] * effects.normal(("slice", g, where))
-            )
-            out["log_curvature"][:, t] = (
-                of_family("log_curvature_level", g) + draws["curvature_n_active"] * d_n
-                + draws["curvature_tokens"] * d_d + draws["curvature_batch"] * d_batch
-                + draws["curvature_slice_sd"] * effects.normal(("curvature", g, where))
-            )  # fmt: skip
-            penalty = of_family("penalty_scale", g) * np.exp(draws["penalty_tokens"] * d_d)
-            out["floor"][:, t] = (
-                loss_cell
-                + penalty * laws.linex(z, draws["penalty_skew"])
-                - penalty * laws.linex(zero, draws["penalty_skew"])
-                + draws["loss_slice_sd"] * effects.normal(("floor", g, where))
-            )  # fmt: skip
-        out["skew"][:, t] = np.exp(of_family("log_skew", g))
-        out["log_edge"][:, t] = (
-            lr_cell
-            + zero_knee
-            + draws["edge_batch"] * (knee - zero_knee)
-            + np.exp(of_family("log_edge_offset", g))
-        )
-        exponent = of_family("loss_exponent_tokens", g)
-        out["loss_tokens"][:, t] = of_family("loss_tokens", g) * np.exp(-exponent * d_d)
-        out["loss_exponent"][:, t] = exponent
     return TargetDraws(
-        **out, edge_width=draws["edge_width"][:, None],
+        log_lr=of_level("slice", "lr_opt", lr_cell + knee + scatter("slice", "lr_slice_sd")),
+        log_curvature=of_level(
+            "slice", "log_curvature",
+            of_family("log_curvature_level") + p["curvature_n_active"] * d_n
+            + p["curvature_tokens"] * d_d + p["curvature_batch"] * d_batch
+            + scatter("slice", "curvature_slice_sd"),
+        ),
+        skew=np.broadcast_to(np.exp(of_family("log_skew")), shape),
+        log_edge=(
+            lr_cell + zero_knee + p["edge_batch"] * (knee - zero_knee)
+            + np.exp(of_family("log_edge_offset"))
+        ),
+        edge_width=p["edge_width"],
+        floor=of_level(
+            "slice", "floor", loss_cell + penalty * by_batch + scatter("slice", "loss_slice_sd")
+        ),
+        loss_tokens=np.broadcast_to(of_family("loss_tokens") * np.exp(-exponent_d * d_d), shape),
+        loss_exponent=np.broadcast_to(exponent_d, shape),
         diverged_loss=prior["diverged_loss"].location,
     )  # fmt: skip
 
@@ -413,18 +421,43 @@ def regret_draws(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
 
 
 def recommended_log_lr(at: TargetDraws) -> FloatArray:
-    """Natural log of the LR with the least expected regret, (target,)."""
-    low, high = np.quantile(at.log_lr, [0.02, 0.98], axis=0)
-    steps = np.linspace(0.0, 1.0, _SEARCH_POINTS)
-    grid = low + steps[:, None] * (high - low)
-    cost = np.stack([regret_draws(at, point).mean(axis=0) for point in grid])
-    best = np.clip(np.argmin(cost, axis=0), 1, _SEARCH_POINTS - 2)
-    column = np.arange(cost.shape[1])
-    left, mid, right = (cost[best + i, column] for i in (-1, 0, 1))
-    bend = left - 2 * mid + right
+    """Natural log of the LR with the least expected regret, (target,).
+
+    Searched between the 2 and 98 % quantiles of LR*, where the expected regret falls and then
+    rises: the best of a coarse grid, then between its neighbours; a parabola ends it.
+    """
+    low, high = quantiles(at.log_lr, (0.02, 0.98))
+    step = (high - low) / 8
+
+    def cost(log_lr: FloatArray) -> FloatArray:
+        return np.asarray(regret_draws(at, log_lr).mean(axis=0))
+
+    grid = low + np.arange(9)[:, None] * step
+    costs = np.stack([cost(point) for point in grid])
+    best, column = np.clip(np.argmin(costs, axis=0), 1, 7), np.arange(len(low))
+    middle = grid[best, column]
+    three = np.stack([costs[best + i, column] for i in (-1, 0, 1)])
+    for _ in range(_HALVINGS):
+        step = step / 2
+        left, right = cost(middle - step), cost(middle + step)
+        five = np.stack([three[0], left, three[1], right, three[2]])
+        best = np.clip(np.argmin(five, axis=0), 1, 3)
+        middle = middle + (best - 2) * step
+        three = np.stack([five[best + i, column] for i in (-1, 0, 1)])
+    left, least, right = three
+    bend = left - 2 * least + right
     shift = np.where(bend > 0, 0.5 * (left - right) / np.where(bend > 0, bend, 1.0), 0.0)
-    spacing = (high - low) / (_SEARCH_POINTS - 1)
-    return np.asarray(grid[best, column] + np.clip(shift, -1, 1) * spacing)
+    return np.asarray(middle + np.clip(shift, -1, 1) * step)
+
+
+def quantiles(draws: FloatArray, levels: Sequence[float]) -> FloatArray:
+    """Quantiles (level, target) of draws (draw, target); as np.quantile, by one sort."""
+    ordered = np.sort(draws, axis=0)
+    at = np.asarray(levels) * (len(ordered) - 1)
+    below = np.floor(at).astype(int)
+    above = np.minimum(below + 1, len(ordered) - 1)
+    share = (at - below)[:, None]
+    return np.asarray((1 - share) * ordered[below] + share * ordered[above])
 
 
 def regret(posterior: Posterior, targets: Sequence[Target],
@@ -461,7 +494,7 @@ def extra_tokens_share(at: TargetDraws, nats: FloatArray) -> FloatArray:
 
     From the loss-token law L = E + B D^-gamma at its posterior medians; capped at 100 (10,000 %).
     """
-    part, exponent = np.median(at.loss_tokens, axis=0), np.median(at.loss_exponent, axis=0)
+    part, exponent = (quantiles(x, (0.5,))[0] for x in (at.loss_tokens, at.loss_exponent))
     left = np.clip(1.0 - nats / np.maximum(part, 1e-12), 1e-6, 1.0)
     return np.asarray(np.minimum(left ** (-1.0 / exponent) - 1.0, 100.0))
 
@@ -479,13 +512,11 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
 
     if not targets:
         raise DataError("there is no target to predict; the targets table is empty")
-    chunk = 512
-    num_draws = int(np.clip(_MAX_CELLS * 50 // (len(targets) * _SEARCH_POINTS), 250, _MAX_DRAWS))
-    parts = [
-        _predict_chunk(posterior, targets[i : i + chunk], num_draws)
-        for i in range(0, len(targets), chunk)
-    ]
-    return pd.concat(parts, ignore_index=True)
+    num_draws = int(np.clip(_MAX_CELLS // len(targets), _FEWEST_DRAWS, _MAX_DRAWS))
+    parts = [targets[i : i + _CHUNK] for i in range(0, len(targets), _CHUNK)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda part: _predict_chunk(posterior, part, num_draws), parts)
+        return pd.concat(found, ignore_index=True)
 
 
 def _predict_chunk(posterior: Posterior, targets: Sequence[Target],
@@ -494,7 +525,7 @@ def _predict_chunk(posterior: Posterior, targets: Sequence[Target],
 
     at = target_draws(posterior, targets, max_draws=num_draws)
     log_lr = recommended_log_lr(at)
-    quantiles = np.exp(np.quantile(at.log_lr, QUANTILES, axis=0))
+    spread = np.exp(quantiles(at.log_lr, QUANTILES))
     charged = regret_draws(at, log_lr)
     mean = charged.mean(axis=0)
     known = [family_of(posterior, target) is not None for target in targets]
@@ -502,18 +533,21 @@ def _predict_chunk(posterior: Posterior, targets: Sequence[Target],
         {
             "target_id": [target.target_id for target in targets],
             "lr": np.exp(log_lr),
-            **dict(zip(QUANTILE_COLUMNS, quantiles, strict=True)),
+            **dict(zip(QUANTILE_COLUMNS, spread, strict=True)),
             "regret_mean": mean,
-            "regret_q95": np.quantile(charged, 0.95, axis=0),
+            "regret_q95": quantiles(charged, (0.95,))[0],
             "extra_tokens": extra_tokens_share(at, mean),
             "p_diverge": p_diverge(at, log_lr).mean(axis=0),
-            "loss_q50": np.where(known, np.median(at.floor, axis=0), np.nan),
+            "loss_q50": np.where(known, quantiles(at.floor, (0.5,))[0], np.nan),
             "extrapolation": extrapolation(posterior, targets),
             "level": ["family" if k else "population" for k in known],
         }
     )
-    rows = table.to_dict("records")
-    table["sentence"] = [sentence(posterior, t, row) for t, row in zip(targets, rows, strict=True)]
+    names, rows = list(table.columns), table.itertuples(index=False, name=None)
+    table["sentence"] = [
+        sentence(posterior, target, dict(zip(names, row, strict=True)))
+        for target, row in zip(targets, rows, strict=True)
+    ]
     return table
 
 
