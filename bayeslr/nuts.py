@@ -46,7 +46,6 @@ class _Chains:
     def start(self, x: FloatArray, centre: FloatArray, root: FloatArray) -> None:
         """Begin at x (chain, parameter); the next window adapts the step."""
         import jax
-        import jax.numpy as jnp
 
         self.centre, self.root = centre, root
         step = _FIRST_STEP
@@ -56,15 +55,17 @@ class _Chains:
         states = []
         for at, key in zip(x, keys, strict=True):
             energy, gradient = self.compiled.value_and_grad(at, self.data)
-            z = jnp.asarray(np.linalg.solve(root, at - centre))
-            pull = jnp.asarray(root.T @ np.asarray(gradient))
+            z, pull = np.linalg.solve(root, at - centre), root.T @ np.asarray(gradient)
             states.append(self._begin(key, z, energy, pull, step, (centre, root, self.data)))
-        self._state = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+        self._state = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
     def run(self) -> dict[str, FloatArray]:
         """`WINDOW` transitions: x (chain, draw, parameter), and what is kept, in z."""
-        self._state, found = self._advance(self._state, self.centre, self.root, self.data)
-        kept = {name: np.asarray(values) for name, values in found.items()}
+        import jax
+
+        state, found = self._advance(self._state, self.centre, self.root, self.data)
+        # On the host, as `start` leaves it: an array spread over devices would compile anew.
+        self._state, kept = jax.tree.map(np.asarray, (state, found))
         return {**kept, "x": self.centre + kept["z"] @ self.root.T}
 
     def gradient(self, window: dict[str, FloatArray]) -> FloatArray:
@@ -144,8 +145,8 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
 
     mode, root: where the chains start from, and L with L L' near the covariance. Each window of
     warm-up but the last ends by making the coordinates rounder. After ``num_draws`` a chain,
-    ``enough(draws)`` is asked; while it says no, the chains go on for as many again, up to
-    ``max_rounds`` times. Counts are rounded up to whole `WINDOW`s.
+    ``enough(draws)`` is asked; while it says no, the chains go on window by window, up to
+    ``max_rounds`` times as many draws. Counts are rounded up to whole `WINDOW`s.
     """
     import jax.numpy as jnp
 
@@ -168,22 +169,18 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
             )
             centre = at.mean(axis=0)
             root = rounder(root, np.linalg.solve(root, (at - centre).T).T, gradient @ root)
-    draws: dict[str, FloatArray] = {}
+    found: list[dict[str, FloatArray]] = []
     told: list[dict[str, FloatArray]] = []
-    for i in range(max_rounds):
-        found = []
-        for _ in range(-(-num_draws // WINDOW)):
-            window = chains.run()
-            found.append(window["x"])
-            told.append({name: window[name] for name in _STATISTICS})
-            progress(f"{WINDOW * len(told):,} draws of each of {num_chains} chains")
-        new = compiled.draws(np.concatenate(found, axis=1), data)
-        draws = {
-            name: np.concatenate([draws[name], new[name]], axis=1) if i else new[name]
-            for name in new
-        }  # fmt: skip
-        if enough(draws):
-            break
+    asked = -(-num_draws // WINDOW)
+    for _ in range(asked * max_rounds):
+        window = chains.run()
+        told.append({name: window[name] for name in _STATISTICS})
+        found.append(compiled.draws(window["x"], data))
+        progress(f"{WINDOW * len(told):,} draws of each of {num_chains} chains")
+        if len(told) >= asked:
+            draws = {name: np.concatenate([f[name] for f in found], axis=1) for name in found[0]}
+            if enough(draws):
+                break
     statistics = {
         "divergences": float(sum(np.sum(window["diverging"]) for window in told)),
         "mean_steps": float(np.mean([window["num_steps"] for window in told])),
