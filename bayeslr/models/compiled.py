@@ -107,7 +107,8 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     ends = np.cumsum([0, *(int(np.prod(shape)) for shape in shapes)])
 
     def unpack(x: Any) -> list[Any]:
-        return [x[ends[i] : ends[i + 1]].reshape(shapes[i]) for i in range(len(shapes))]
+        parts = jnp.split(x, ends[1:-1])
+        return [part.reshape(shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def log_density(x: Any, data: Sequence[Any]) -> Any:
         return jnp.asarray(function(*unpack(x), *data)[0])
