@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -22,10 +22,11 @@ LRS_PER_START_CELL = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Priced:
-    """A run that could be asked for, and its FLOPs."""
+    """A run that could be asked for, and its FLOPs. ``repeat``: made before, with another seed."""
 
     spec: RunSpec
     flops: float
+    repeat: bool = False
 
 
 def targets_of(recipe: Recipe, runner: Runner) -> list[Target]:
@@ -136,6 +137,26 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
                         decay_at=decay_at if wsd else [end],
                     )
                     priced.append(Priced(spec=spec, flops=runner.flops(spec)))
+    return priced
+
+
+def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Priced]:
+    """Every (shape, batch, LR) that was measured, once more with the next seed, in a fixed order.
+
+    A repeat goes as far as the longest run that ended well, and decays where that one did.
+    """
+    asked = [trial for trial in trials if not trial.void]
+    good = sorted((t.spec for t in asked if t.state == "ok"), key=lambda spec: spec.tokens)
+    done = {line_of(spec): spec for spec in good}
+    last = {line: max(t.spec.seed for t in asked if line_of(t.spec) == line) for line in done}
+    shapes = {shape["name"]: shape for shape in recipe.space.shapes}
+    priced = []
+    for line, seed in sorted(last.items()):
+        spec = run_spec(
+            replace(recipe, run={**recipe.run, "seed": seed + 1}), runner, shapes[line[0]],
+            lr=done[line].lr, batch_tokens=done[line].batch_tokens, decay_at=done[line].decay_at,
+        )  # fmt: skip
+        priced.append(Priced(spec=spec, flops=runner.flops(spec), repeat=True))
     return priced
 
 

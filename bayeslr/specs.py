@@ -222,8 +222,8 @@ class Recipe:
     weight_decay, ...), ``options`` what the runner alone understands. ``targets`` whose ``shape``
     key names widths get their counts from the runner. ``stop_rule`` ends the sweep where a
     run costs more FLOPs than it is expected to save at the targets; without it the budget is spent.
-    ``early_ends`` stops runs that are far up their valley's side.
-    ``validate_target`` trains the first target
+    ``early_ends`` stops runs that are far up their valley's side. ``repeats`` lets the posterior
+    ask for a finished run again, with another seed. ``validate_target`` trains the first target
     at the recommended LR and at its half and double once the sweep has ended. ``strategy`` is
     ``bayes`` (the posterior chooses the runs) or one to compare it with, which refits at the end
     alone: ``random``, or a design (`bayeslr.designs`), of which ``classical`` ends in the two-stage
@@ -244,6 +244,7 @@ class Recipe:
     start_runs: int = 6
     stop_rule: bool = True
     early_ends: bool = True
+    repeats: bool = False
     validate_target: bool = False
     strategy: str = "bayes"
     run: Mapping[str, Any] = field(default_factory=dict)
@@ -256,6 +257,10 @@ class Recipe:
             self.strategy in STRATEGIES,
             f"recipe {self.name}: strategy must be one of {', '.join(STRATEGIES)}, "
             f"got {self.strategy!r}",
+        )
+        _require(
+            not self.repeats or self.runner != "table",
+            f"recipe {self.name}: a table of recorded runs holds no other seeds; leave repeats out",
         )
         check_keys(
             self.run,

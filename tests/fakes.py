@@ -43,6 +43,7 @@ class FakePosterior:
 class Candidate:
     spec: Any
     flops: float
+    repeat: bool = False
 
 
 @dataclass(frozen=True)

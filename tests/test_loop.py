@@ -109,6 +109,15 @@ def test_a_space_that_is_used_up_stops(tmp_path: Path) -> None:
     assert len(finished_runs(tmp_path)) == 4
 
 
+def test_a_space_that_is_used_up_is_repeated_where_the_recipe_allows(tmp_path: Path) -> None:
+    few = {"low": 4e-3, "high": 8e-3, "per_octave": 1}
+    result, _ = sweep(tmp_path, space__lr=few, sweep__repeats=True, sweep__max_runs=7)
+    assert result.stop.kind == "max_runs"
+    names = finished_runs(tmp_path)
+    assert len(names) == 7
+    assert len({name.rpartition("-s")[0] for name in names}) == 4
+
+
 def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
     sweep(tmp_path, sweep__budget_flops=3e12)
     few = finished_runs(tmp_path)

@@ -9,7 +9,14 @@ import pytest
 
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import Trial
-from bayeslr.space import candidates, line_of, random_design, start_design, targets_of
+from bayeslr.space import (
+    candidates,
+    line_of,
+    random_design,
+    repeats,
+    start_design,
+    targets_of,
+)
 from bayeslr.specs import Recipe, parse_recipe
 from bayeslr_runners.command import CommandRunner
 from tests.fakes import toy_recipe
@@ -66,6 +73,30 @@ def test_a_refused_trial_measures_nothing() -> None:
     recipe, runner = opened()
     pool = candidates(recipe, runner)
     assert candidates(recipe, runner, [trial(pool[0].spec, "pruned", void=True)]) == pool
+
+
+def test_a_repeat_is_the_longest_good_run_with_the_next_seed() -> None:
+    recipe, runner = opened(sweep__repeats=True)
+    short, long = (
+        next(p.spec for p in candidates(recipe, runner) if p.spec.tokens == tokens)
+        for tokens in (200_000, 400_000)
+    )
+    assert line_of(short) == line_of(long)
+    other = next(p.spec for p in candidates(recipe, runner) if line_of(p.spec) != line_of(long))
+    (again,) = repeats(recipe, runner, [trial(long), trial(short), trial(other, "diverged")])
+    assert again.repeat
+    expected = dataclasses.replace(long, run_id=again.spec.run_id, seed=long.seed + 1)
+    assert again.spec == expected
+    assert again.spec.run_id != long.run_id
+    # One that is still running is not asked for twice; one that was refused counts for nothing.
+    (third,) = repeats(recipe, runner, [trial(long), trial(again.spec, "running")])
+    assert third.spec.seed == long.seed + 2
+    assert repeats(recipe, runner, [trial(long, void=True)]) == []
+
+
+def test_recorded_runs_have_no_other_seeds() -> None:
+    with pytest.raises(SpecError, match="holds no other seeds"):
+        opened(sweep__repeats=True, sweep__runner="table")
 
 
 def test_the_start_takes_the_cheapest_shapes_and_spreads_the_lrs() -> None:

@@ -39,7 +39,8 @@ from bayeslr.runner_protocol import Runner, Study, find_entry_point, find_runner
 from bayeslr.space import candidates, cell_of, targets_of, weights_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
 
-MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "early_ends", "validate_target")
+MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "early_ends", "repeats",
+           "validate_target")  # fmt: skip
 """What a recipe may change between two starts of one sweep."""
 
 _VERSIONED = ("bayeslr", "jax", "numpyro", "pymc", "numpy", "pandas", "optuna", "torch")

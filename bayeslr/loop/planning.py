@@ -20,6 +20,7 @@ from bayeslr.space import (
     line_of,
     longest,
     random_design,
+    repeats,
     start_design,
     targets_of,
     weights_of,
@@ -91,6 +92,8 @@ class Planner:
                 return Stop(kind="max_runs", reason=f"{len(trials)} runs, as max_runs says")
         left = recipe.budget_flops - math.fsum(t.flops for t in trials)
         pool = candidates(recipe, self._runner, trials)
+        if recipe.repeats and recipe.strategy == "bayes":
+            pool += repeats(recipe, self._runner, trials)
         affordable = [p for p in pool if p.flops <= left]
         if not pool:
             return Stop(kind="done", reason="every run of the space has been made")
@@ -119,9 +122,8 @@ class Planner:
             except BayeslrError as error:
                 why = f"drawn at random, for the runs so far cannot be fitted: {error}"
                 self._progress(why)
-        drawn = random_design(
-            recipe, affordable, num_runs=num_runs, budget_flops=left, first=len(trials)
-        )
+        new = [p for p in affordable if not p.repeat]
+        drawn = random_design(recipe, new, num_runs=num_runs, budget_flops=left, first=len(trials))
         return _due(drawn, why)
 
     def _best(
@@ -145,7 +147,7 @@ class Planner:
         self._progress(prediction_line(predictions.to_dict("records")[0], len(trials)))
         plan = choose(
             posterior,
-            [Candidate(spec=p.spec, flops=p.flops) for p in pool],
+            [Candidate(spec=p.spec, flops=p.flops, repeat=p.repeat) for p in pool],
             targets,
             num_runs=num_runs,
             budget_flops=budget_flops,
