@@ -9,15 +9,17 @@
     {"op": "predict", "runs": [...], "tables": [...], "prior": card, "seed": 1, "targets": [...]}
         -> {"predictions": [row, ...], "verdict": "..."}
 
-``runs`` are rows of the run table, ``tables`` files of them. A mistake of the user's is answered by
+``runs`` are rows of the run table, ``tables`` files of them. What went wrong is answered by
 {"error": "..."}. The last posterior is kept: two requests about the same runs fit once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import sys
+import traceback
 from collections.abc import Mapping
 from typing import Any, TextIO
 
@@ -25,7 +27,13 @@ from bayeslr import acquire, predict, sampling
 from bayeslr.errors import BayeslrError, SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.runs import concat, make_table, read_runs
-from bayeslr.specs import RunSpec, Target
+from bayeslr.specs import RunSpec, Target, check_keys
+
+_ALWAYS = ("runs", "prior", "seed", "targets")
+_NEEDED = {
+    "predict": _ALWAYS,
+    "choose": (*_ALWAYS, "candidates", "flops", "num_runs", "choice_seed"),
+}
 
 
 class Server:
@@ -37,14 +45,17 @@ class Server:
 
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Reply to one request. Raises: BayeslrError."""
+        op = request.get("op")
+        if op not in _NEEDED:
+            raise SpecError(f"op must be choose or predict, got {op!r}")
+        if missing := [name for name in _NEEDED[op] if name not in request]:
+            raise SpecError(f"not a request: {missing[0]} is missing")
+        targets = [_target(raw) for raw in request["targets"]]
         posterior = self._fit(request)
-        targets = [Target(**raw) for raw in request["targets"]]
         verdict = str(posterior.info["verdict"])
-        if request["op"] == "predict":
+        if op == "predict":
             table = predict.predict(posterior, targets)
             return {"predictions": json.loads(table.to_json(orient="records")), "verdict": verdict}
-        if request["op"] != "choose":
-            raise SpecError(f"op must be choose or predict, got {request['op']!r}")
         candidates = [
             acquire.Candidate(spec=RunSpec.from_json(json.dumps(raw)), flops=float(flops))
             for raw, flops in zip(request["candidates"], request["flops"], strict=True)
@@ -74,16 +85,29 @@ class Server:
         return self._posterior
 
 
+def _target(raw: Mapping[str, Any]) -> Target:
+    check_keys(raw, [f.name for f in dataclasses.fields(Target)], "a target")
+    return Target(**raw)
+
+
 def serve(requests: TextIO, replies: TextIO) -> None:
     """Answer every line of ``requests`` until it ends."""
     server = Server()
     for line in requests:
         try:
-            reply = server.answer(json.loads(line))
+            request = json.loads(line)
+            if not isinstance(request, dict):
+                raise SpecError("not a request: a JSON object is needed")
+            reply = server.answer(request)
+        except json.JSONDecodeError as error:
+            reply = {"error": f"not a request: {error}"}
         except BayeslrError as error:
             reply = {"error": str(error)}
-        except (KeyError, TypeError, ValueError) as error:
-            reply = {"error": f"not a request: {type(error).__name__}: {error}"}
+        except Exception as error:
+            # Said to whoever asked, who may go on without inference; the trace is for us.
+            traceback.print_exc()
+            what = f"{type(error).__name__}: {error}"
+            reply = {"error": f"inference failed, and that is a fault of bayeslr's: {what}"}
         replies.write(json.dumps(reply, default=str) + "\n")
         replies.flush()
 

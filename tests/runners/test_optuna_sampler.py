@@ -197,14 +197,18 @@ def test_the_server_answers_and_says_what_is_wrong(monkeypatch: pytest.MonkeyPat
     s.optimize(objective, n_trials=4)
     request = {**requests[-1], "num_runs": 2}
     broken = {**request, "targets": [{**request["targets"][0], "tokens": -1}]}
-    lines = [json.dumps(request), json.dumps(broken), "{}", json.dumps({**request, "op": "x"})]
+    short = {name: value for name, value in request.items() if name != "targets"}
+    lines = [json.dumps(r) for r in (request, broken, short, {**request, "op": "x"})]
+    lines += ["{", json.dumps({**request, "runs": 3})]
     replies = io.StringIO()
     serve.serve(io.StringIO("\n".join(lines) + "\n"), replies)
     first, *rest = [json.loads(line) for line in replies.getvalue().splitlines()]
     assert len(set(first["chosen"])) == 2
     assert "tokens must be finite and > 0" in rest[0]["error"]
-    assert "not a request" in rest[1]["error"]
+    assert "targets is missing" in rest[1]["error"]
     assert "op must be" in rest[2]["error"]
+    assert "not a request" in rest[3]["error"]
+    assert "fault of bayeslr" in rest[4]["error"]
 
 
 @pytest.mark.slow
