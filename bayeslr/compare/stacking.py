@@ -39,7 +39,8 @@ def train_stacks(
             running = [child for child in running if child.running]
             while waiting and len(running) < slots:
                 stack = waiting.pop(0)
-                progress(f"training {len(stack)} runs as one program ({total} such)")
+                number = f"{total - len(waiting)} of {total}"
+                progress(f"training {len(stack)} runs as one program ({number})")
                 running.append(_start(runner, stack, runs_dir))
             time.sleep(POLL_SECONDS)
     finally:

@@ -190,6 +190,8 @@ class Worker:
             outcome = f"stopped early: {verdict.reason}"
         elif verdict.reason:
             outcome += f" ({verdict.reason})"
+        # A run that was trained before, in a stack say, ends here at once: its records know better.
+        wall_s = max([wall_s, *(row.get("wall_s") or 0.0 for row in verdict.rows)])
         return (
             f"[{share:4.0%} of budget] {spec.run_id}: {spec.shape.get('name', '')} "
             f"N={format_quantity(spec.n_active)} D={format_quantity(spec.tokens)} "
