@@ -136,6 +136,10 @@ def test_more_seeds_may_be_asked_for_and_nothing_else(tmp_path: Path, stand_ins:
     more = compared(tmp_path, compare__num_seeds=2, **small)
     assert [len(c.losses) for c in more.cells] == [2] * len(first.cells)
     assert [c.losses[0] for c in more.cells] == [c.losses[0] for c in first.cells]
+    # Seeds at the choices alone: what the valley has cost already leaves their budget untouched.
+    at_choices = compared(tmp_path, compare__num_seeds=4, compare__multiples=[1], **small)
+    assert all(cell.complete and len(cell.losses) == 4 for cell in at_choices.cells)
+    assert len(at_choices.cells) < len(more.cells)
     with pytest.raises(SpecError, match=r"compare\.seed differ; only workers, num_seeds"):
         compared(tmp_path, compare__seed=7, **small)
 

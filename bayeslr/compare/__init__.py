@@ -130,7 +130,7 @@ def compare(
         own = replace(recipe.fitting, name=f"{recipe.name}.held-out", budget_flops=budget)
         ended = train(
             own, runner_of["fitting"], out / "held-out", all_of([due for _, due in planned]),
-            retry=retry, progress=progress,
+            retry=retry, progress=progress, wanted={due.spec.run_id for _, due in planned},
         )  # fmt: skip
         progress("writing the report", transient=True)
         result = _judged(recipe, out, chosen.arms, cells_of(planned, ended), chosen.details,

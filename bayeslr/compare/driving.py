@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bayeslr.compare.stacking import train_stacks
@@ -14,12 +16,20 @@ from bayeslr.specs import Recipe
 
 
 def train(
-    recipe: Recipe, runner: Runner, folder: Path, plan: Plan, *, retry: bool, progress: Progress
+    recipe: Recipe,
+    runner: Runner,
+    folder: Path,
+    plan: Plan,
+    *,
+    retry: bool,
+    progress: Progress,
+    wanted: Collection[str] | None = None,
 ) -> list[Trial]:
     """Ended trials of a plan, in a journal in ``folder``; runs lie in ``folder/runs``.
 
     recipe: names the study and bounds what it may spend. Runs that a stack has trained are complete
     by the time they are asked for, and only told. retry: ask again for failed and lost runs.
+    wanted: IDs of the runs that the budget is for; what earlier plans spent on others comes on top.
     Raises: DataError if the trainer never works.
     """
     study: Study = find_entry_point("bayeslr.studies", "optuna")(None, recipe.name, folder, recipe)
@@ -31,6 +41,9 @@ def train(
         return planned
 
     try:
+        if wanted is not None:
+            others = math.fsum(t.flops for t in study.trials() if t.spec.run_id not in wanted)
+            recipe = replace(recipe, budget_flops=recipe.budget_flops + others)
         study.set_recipe(recipe)
         study.set_note("stop", None)  # the plan is asked again: more seeds may be wanted by now
         if retry:

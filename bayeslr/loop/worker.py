@@ -222,7 +222,7 @@ class Worker:
                 self._start(trial.number, trial.spec)
             elif any(not t.finished for t in self._study.trials()):
                 return None  # the batch is under way, here or elsewhere
-            elif not self._plan_next():
+            elif not self._plan_next(refused=due):
                 return None  # somebody else is planning it
         return None
 
@@ -239,7 +239,7 @@ class Worker:
                 return trial
         return None
 
-    def _plan_next(self) -> bool:
+    def _plan_next(self, *, refused: Sequence[Due] = ()) -> bool:
         number = self._batch + 1
         if not self._study.claim(f"batch:{number}"):
             return False
@@ -247,6 +247,13 @@ class Worker:
             return True
         self._progress("choosing the next runs", transient=True)
         plan = self._plan([t for t in self._study.trials() if not t.void], number)
+        if not isinstance(plan, Stop) and {_id(d) for d in plan} <= {_id(d) for d in refused}:
+            needed = format_quantity(min(due.flops for due in plan))
+            plan = Stop(
+                kind="budget",
+                reason=f"what is planned, {len(plan)} runs of {needed} FLOPs or more, does not fit "
+                f"into what is left of {format_quantity(self._study.recipe().budget_flops)}",
+            )
         if isinstance(plan, Stop):
             self._study.set_note("stop", {"kind": plan.kind, "reason": plan.reason})
         else:
@@ -281,6 +288,10 @@ def due_runs(study: Study, trials: Sequence[Trial], batch: int) -> list[Due]:
     asked = [t.spec.run_id for t in trials if not t.void]
     runs = [due_of(entry) for entry in note["runs"]]
     return [due for due in runs if asked.count(due.spec.run_id) < due.nth]
+
+
+def _id(due: Due) -> str:
+    return due.spec.run_id
 
 
 def due_entry(due: Due) -> dict[str, Any]:
