@@ -108,6 +108,20 @@ class Design:
             "log_batch": self.log_batch,
         }
 
+    def family_centres(self, slices: IntArray | None = None) -> dict[str, FloatArray]:
+        """Means of the regressors over each family's slices, each (family,).
+
+        slices: those that count. A family without any has the mean of all.
+        """
+        kept = np.arange(self.num_slices) if slices is None else slices
+        family, num_families = self.family_of_slice[kept], len(self.families)
+        count = np.bincount(family, minlength=num_families)
+        found = {}
+        for name, values in self.slice_features().items():
+            total = np.bincount(family, values[kept], minlength=num_families)
+            found[name] = np.where(count > 0, total / np.maximum(count, 1), values[kept].mean())
+        return found
+
 
 def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
     """Group code of each row, and the first row of each group, groups in order of appearance."""

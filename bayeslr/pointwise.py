@@ -70,7 +70,7 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
     below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
     best_batch = value("best_batch", c)
     knee = laws.batch_knee(design.log_batch[s] - best_batch, below, above)
-    at_mean = laws.batch_knee(mid["log_batch"] - best_batch, below, above)
+    at_mean = laws.batch_knee(design.family_centres()["log_batch"][g] - best_batch, below, above)
     edge = (
         value("lr_cell", c) + at_mean + value("edge_batch") * (knee - at_mean)
         + np.exp(value("log_edge_offset", g))

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     from bayeslr.specs import Recipe, Target
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 POSTERIOR_FILE, FIT_FILE, RUNS_FILE = "posterior.nc", "fit.json", "runs.parquet"
 
 

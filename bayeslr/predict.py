@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -263,6 +263,19 @@ def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
     return found
 
 
+def _centres(posterior: Posterior, families: Iterable[int | None]) -> dict[str, list[float]]:
+    """Where each family's loss-token law, floors and edges are stated, by regressor.
+
+    A family that the fit has not seen has the centre of all data; a card alone its reference.
+    """
+    centre, design = posterior.info["centre"], posterior.design
+    own = {} if design is None else design.family_centres()
+    return {
+        name: [value if g is None or name not in own else float(own[name][g]) for g in families]
+        for name, value in centre.items()
+    }
+
+
 # Entries of a target's key (family, size, sparsity, tokens, batch) that identify each level.
 _DEPTH = {"shape": 3, "cell": 4, "slice": 5}
 
@@ -282,6 +295,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     families = [family_of(posterior, target) for target in targets]
     columns = {g: i for i, g in enumerate(dict.fromkeys(families))}
     column = np.array([columns[g] for g in families])
+    own = {name: np.array(values)[column] for name, values in _centres(posterior, columns).items()}
 
     def of_family(name: str) -> FloatArray:
         """Draws of a family's parameter, (draw, target), or (draw, 1) where all share a family."""
@@ -297,10 +311,10 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     keys = [(g, *row) for g, row in zip(families, values, strict=True)]
     measured, index, group = _measured(posterior), {}, {}
     for level, depth in _DEPTH.items():
-        own = [key[:depth] for key in keys]
-        numbers = {key: i for i, key in enumerate(dict.fromkeys(own))}
-        group[level] = np.array([numbers[key] for key in own])
-        index[level] = np.array([measured[level].get(key, -1) for key in own])
+        cut = [key[:depth] for key in keys]
+        numbers = {key: i for i, key in enumerate(dict.fromkeys(cut))}
+        group[level] = np.array([numbers[key] for key in cut])
+        index[level] = np.array([measured[level].get(key, -1) for key in cut])
 
     def of_level(level: str, name: str, new: FloatArray) -> FloatArray:
         """``new`` (draw, target), with what was measured in the columns of measured groups."""
@@ -332,19 +346,20 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
         away_tokens = x["log_tokens"][seen] - posterior.design.shape_log_tokens[h]
         lr_cell[:, seen] += draws["lr_tokens_shape"][:, h] * away_tokens
     lr_cell = of_level("cell", "lr_cell", lr_cell)
+    own_n, own_d = (x[k] - own[k] for k in ("log_n_active", "log_tokens"))
     exponent_n, exponent_d = (of_family(f"loss_exponent_{by}") for by in ("n_active", "tokens"))
     loss_cell = of_level(
         "cell", "loss_cell",
-        of_family("loss_level") + of_family("loss_n_active") * np.expm1(-exponent_n * d_n)
-        + of_family("loss_tokens") * np.expm1(-exponent_d * d_d)
+        of_family("loss_level") + of_family("loss_n_active") * np.expm1(-exponent_n * own_n)
+        + of_family("loss_tokens") * np.expm1(-exponent_d * own_d)
         + of_level("shape", "loss_shape", scatter("shape", "loss_shape_sd"))
         + scatter("cell", "loss_cell_sd"),
     )  # fmt: skip
-    # Floor, curvature and edge are stated at the data's mean batch; a card alone has none, and
-    # states them at the best batch.
+    # Floor and edge are stated at the family's mean batch; a card alone has none, and states them
+    # at the best batch, as it does the curvature.
     z = x["log_batch"] - best_batch
     d_batch = x["log_batch"] - centre["log_batch"] if "log_batch" in centre else z
-    zero = z - d_batch
+    zero = own["log_batch"] - best_batch if "log_batch" in own else np.zeros_like(z)
     slopes = of_family("lr_batch_below"), of_family("lr_batch_above")
     knee, zero_knee = laws.batch_knee(z, *slopes), laws.batch_knee(zero, *slopes)
     penalty = of_family("penalty_scale") * np.exp(p["penalty_tokens"] * d_d)
@@ -367,7 +382,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
         floor=of_level(
             "slice", "floor", loss_cell + penalty * by_batch + scatter("slice", "loss_slice_sd")
         ),
-        loss_tokens=np.broadcast_to(of_family("loss_tokens") * np.exp(-exponent_d * d_d), shape),
+        loss_tokens=np.broadcast_to(of_family("loss_tokens") * np.exp(-exponent_d * own_d), shape),
         loss_exponent=np.broadcast_to(exponent_d, shape),
         diverged_loss=prior["diverged_loss"].location,
     )  # fmt: skip

@@ -69,6 +69,19 @@ def test_families_and_parametrizations_part() -> None:
     )
 
 
+def test_a_familys_centre_is_the_mean_of_its_own_slices() -> None:
+    design = design_of(
+        row("a", n=1e8), row("b", n=4e8), row("c", n=4e8, lr=2e-3), row("d", n=1e9, family="other")
+    )
+    np.testing.assert_allclose(
+        design.family_centres()["log_n_active"], np.log([2e8, 1e9])
+    )  # two runs of one slice count once
+    first = np.flatnonzero(design.family_of_slice == 0)[:1]
+    kept = design.family_centres(first)["log_n_active"]
+    only = design.slice_features()["log_n_active"][first[0]]
+    np.testing.assert_allclose(kept, [only, only])  # a family without a slice: all that count
+
+
 def test_seeds_and_lrs_share_a_slice_and_widths_do_not() -> None:
     design = design_of(
         row("a"), row("b", seed=2), row("c", lr=2e-3), row("d", d_model=256), row("e", b=2e5)

@@ -11,7 +11,10 @@ import numpy as np
 import pytest
 
 from bayeslr.errors import DataError, SpecError
-from bayeslr.posterior import Posterior
+from bayeslr.features import build_design
+from bayeslr.laws import linex
+from bayeslr.models.simulate import PlannedSlice, simulate
+from bayeslr.posterior import Posterior, make_posterior
 from bayeslr.predict import (
     QUANTILE_COLUMNS,
     predict,
@@ -22,6 +25,8 @@ from bayeslr.predict import (
     regret_draws,
     target_draws,
 )
+from bayeslr.priors import load_prior
+from bayeslr.specs import Target
 from bayeslr.units import format_lr
 from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target
 
@@ -78,6 +83,52 @@ def test_a_known_slice_uses_its_own_effects(posterior: Posterior) -> None:
     # The twin: another batch is a new slice, with a new effect.
     assert at.log_lr[:, 1].std() > at.log_lr[:, 0].std()
     assert predict(posterior, [target(**KNOWN)])["extrapolation"].iloc[0] == 0
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")  # one draw has no R-hat
+def test_each_family_is_stated_where_its_own_runs_are() -> None:
+    """A new horizon of the second family, without scatter, against the law by hand."""
+    card = load_prior("moe-default")
+    layout = [
+        PlannedSlice(family=family, n_active=n, n_total=8 * n, tokens=d, batch_tokens=b, num_lrs=4)
+        for family, n, d in (("a", 3e7, 1e9), ("a", 6e7, 4e9), ("b", 4e8, 2e10), ("b", 4e8, 8e10))
+        for b in (131_072.0, 1_048_576.0 if family == "b" else 262_144.0)
+    ]
+    drawn = simulate(card, layout, np.random.default_rng(5))
+    scatter = {n: 0.0 for n in drawn.truth if n.endswith("_sd")}
+    truth = {**drawn.truth, **scatter}
+    draws = {name: np.asarray(value)[None, None] for name, value in truth.items()}
+    design = build_design(drawn.runs)
+    posterior = make_posterior(
+        draws, design, drawn.runs, card, method="bayes", seed=1, statistics={}
+    )
+    size, tokens, batch = 4e8, 3e11, 524_288.0
+    goal = Target(
+        target_id="t", family="b", n_active=size, n_total=8 * size, tokens=tokens,
+        batch_tokens=batch,
+    )  # fmt: skip
+    at = target_draws(posterior, [goal])
+
+    own_batch = np.mean(np.log([131_072.0, 1_048_576.0]))
+    own_tokens, mid = np.mean(np.log([2e10, 8e10])), posterior.info["centre"]
+    far = math.log(tokens) - own_tokens
+    d_n, d_d = math.log(size) - mid["log_n_active"], math.log(tokens) - mid["log_tokens"]
+    best_batch = (
+        truth["best_batch_level"][1] + truth["best_batch_n_active"] * d_n
+        + truth["best_batch_tokens"] * d_d
+    )  # fmt: skip
+    bowl = linex(math.log(batch) - best_batch, truth["penalty_skew"]) - linex(
+        own_batch - best_batch, truth["penalty_skew"]
+    )
+    shape = int(np.flatnonzero(design.family_of_shape == 1)[0])
+    by_tokens = np.expm1(-truth["loss_exponent_tokens"][1] * far)
+    floor = (
+        truth["loss_level"][1] + truth["loss_shape"][shape] + truth["loss_tokens"][1] * by_tokens
+        + truth["penalty_scale"][1] * np.exp(truth["penalty_tokens"] * d_d) * bowl
+    )  # fmt: skip
+    assert at.floor[0, 0] == pytest.approx(floor, rel=1e-9)
+    left = truth["loss_tokens"][1] * (1 + by_tokens)
+    assert at.loss_tokens[0, 0] == pytest.approx(left, rel=1e-9)
 
 
 def test_a_new_slice_draws_the_floor_that_is_its_own(posterior: Posterior) -> None:

@@ -99,7 +99,8 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
                    ("n_active", "sparsity", "tokens", "batch_below", "batch_above")]]),
         "lr_slope_family_sd", arrays["family_has_slope"],
     )  # fmt: skip
-    zero = mid_batch - batch_level
+    own_batch = arrays["family_log_batch"]
+    zero = own_batch - batch_level
     below, above = slope[:, 3], slope[:, 4]
     lr_level = point["lr_anchor"] - (
         below * zero + (above - below) * (np.log1p(np.exp(2 * zero)) - np.log(2)) / 2
@@ -130,7 +131,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     for name in LOSS_LAW:
         total += np.sum(normal(np.log(p[name] / card[name].location), 0, card[name].scale))
     loss_law = loss_level[g] - p["loss_n_active"][g] * (
-        1 - np.exp(-p["loss_exponent_n_active"][g] * d_n)
+        1 - np.exp(-p["loss_exponent_n_active"][g] * arrays["shape_own_n_active"])
     )
     loss_h = effect("loss_shape", loss_law, "loss_shape_sd", arrays["shape_has_floor"])
     gc, d_nc = g[h], d_n[h]
@@ -146,7 +147,9 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     )  # fmt: skip
     loss_c = effect(
         "loss_cell",
-        loss_h[h] - p["loss_tokens"][gc] * (1 - np.exp(-p["loss_exponent_tokens"][gc] * d_d))
+        loss_h[h]
+        - p["loss_tokens"][gc]
+        * (1 - np.exp(-p["loss_exponent_tokens"][gc] * arrays["cell_own_tokens"]))
         + p["loss_unannealed"] * early,
         "loss_cell_sd", arrays["cell_has_floor"],
     )  # fmt: skip
@@ -161,7 +164,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         + p["curvature_batch"] * (arrays["slice_log_batch"] - mid_batch),
         "curvature_slice_sd", arrays["slice_has_curvature"],
     )  # fmt: skip
-    zero = mid_batch - best_batch[c]
+    zero = own_batch[gs] - best_batch[c]
     skew_z, skew_zero = p["penalty_skew"] * z, p["penalty_skew"] * zero
     zero_knee = below * zero + (above - below) * (np.log1p(np.exp(2 * zero)) - np.log(2)) / 2
     penalty = p["penalty_scale"][gs] * np.exp(p["penalty_tokens"] * d_d[c])
@@ -333,7 +336,7 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
             "lr_opt": truth["lr_opt"], "curvature_slice": truth["log_curvature"],
             "floor": truth["floor"],
         }  # fmt: skip
-        zero = arrays["centre"][3] - truth["best_batch_level"]
+        zero = arrays["family_log_batch"] - truth["best_batch_level"]
         below, above = truth["family_slope"][:, 3], truth["family_slope"][:, 4]
         anchor = truth["lr_level"] + laws.batch_knee(zero, below, above)
         x = np.empty(compiled.size)
@@ -373,7 +376,7 @@ def _loss_law(truth: Point, arrays: valley.Arrays) -> NDArray[np.float64]:
     exponent = truth["loss_exponent_n_active"][0]
     return np.asarray(
         truth["loss_level"][0]
-        + truth["loss_n_active"][0] * np.expm1(-exponent * arrays["shape_d_n_active"])
+        + truth["loss_n_active"][0] * np.expm1(-exponent * arrays["shape_own_n_active"])
     )
 
 

@@ -147,6 +147,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     features = {name: values[fitted] for name, values in design.slice_features().items()}
     centre = {name: float(np.mean(values)) for name, values in features.items()}
     away = {name: centre[name] - at for name, at in prior.log_reference.items()}
+    own = design.family_centres(fitted)
     away_n, away_s, away_d = away["log_n_active"], away["log_sparsity"], away["log_tokens"]
 
     # Families.
@@ -178,7 +179,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     lr_tokens = normal(slope[g, 2], "lr_tokens_shape_sd", design.num_shapes)
     lr_tokens_shape = lr_tokens - slope[g, 2]
     loss_law = loss_level[g] + p["loss_n_active"][g] * np.expm1(
-        -p["loss_exponent_n_active"][g] * d_n
+        -p["loss_exponent_n_active"][g] * (design.log_n_active - own["log_n_active"][g])
     )
     loss_at_shape = normal(loss_law, "loss_shape_sd", design.num_shapes)
 
@@ -196,7 +197,9 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "lr_cell_sd", design.num_cells,
     )  # fmt: skip
     loss_cell = normal(
-        loss_at_shape[h] + p["loss_tokens"][g] * np.expm1(-p["loss_exponent_tokens"][g] * d_d)
+        loss_at_shape[h] + p["loss_tokens"][g] * np.expm1(
+            -p["loss_exponent_tokens"][g] * (design.log_tokens - own["log_tokens"][g])
+        )
         + p["loss_unannealed"] * early,
         "loss_cell_sd", design.num_cells,
     )  # fmt: skip
@@ -206,7 +209,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     g, d_n, d_d = g[c], d_n[c], d_d[c]
     z = design.log_batch - best_batch[c]
     knee = laws.batch_knee(z, slope[g, 3], slope[g, 4])
-    zero = centre["log_batch"] - best_batch[c]
+    zero = own["log_batch"][g] - best_batch[c]
     zero_knee = laws.batch_knee(zero, slope[g, 3], slope[g, 4])
     lr_opt = normal(lr_cell[c] + knee, "lr_slice_sd", design.num_slices)
     log_curvature = normal(

@@ -7,12 +7,13 @@ table of the same (padded) sizes. Level by level, g a family, h a shape, c a cel
     lr_cell_c ~ lr_level_g + b_g . (ln n_active, ln sparsity, ln tokens - centre)_c
                 + e_h + d_h (ln tokens_c - mean over the cells of shape h) + e_c
     floor_s   ~ loss_cell_c + penalty(z_s) - penalty(zero_c) + e_s
-    loss_cell_c ~ loss-token law + e_h + e_c,    zero_c = centre of ln batch - best_batch_c
+    loss_cell_c ~ loss-token law + e_h + e_c,    zero_c = mean ln batch of family g - best_batch_c
     loss_i    ~ StudentT(floor_s + excess(u_i), noise + share of the excess),  u_i = ln LR_i - LR*_s
     diverged_i ~ Bernoulli(logistic((ln LR_i - edge_s) / width))
 
-The floor, the curvature and the edge are stated at the data's mean batch, and so is the LR level
-while it is sampled: runs at one batch say nothing of the best batch, and need not hear of it.
+The floor and the edge are stated at the mean batch of their family's slices, and so is the LR level
+while it is sampled: runs at one batch say nothing of the best batch, and need not hear of it. The
+loss-token law is stated at its family's mean parameters and tokens for the same reason.
 
 An effect is centred where its group has many runs and non-centred where it has few
 (partial non-centring, Papaspiliopoulos, Roberts and Skold 2007).
@@ -72,9 +73,12 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
     Padded entries carry zero weight; their effects follow the prior and touch nothing.
     """
     mid = centre(design)
+    own = design.family_centres()
     shape_of_cell = design.shape_of_cell
+    family_of_cell = design.family_of_shape[shape_of_cell]
     cells = {
         "d_tokens": design.log_tokens - mid["log_tokens"],
+        "own_tokens": design.log_tokens - own["log_tokens"][family_of_cell],
         "unannealed": (~design.annealed).astype(float),
     }
     finished = ~design.diverged
@@ -103,12 +107,14 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "cell_has_floor": slices_in_cell / (slices_in_cell + 0.5),
         "shape_family": design.family_of_shape,
         "shape_d_n_active": design.log_n_active - mid["log_n_active"],
+        "shape_own_n_active": design.log_n_active - own["log_n_active"][design.family_of_shape],
         "shape_d_sparsity": design.log_sparsity - mid["log_sparsity"],
         "shape_d_tokens": design.shape_log_tokens - mid["log_tokens"],
         "shape_has_lr": slices_in_shape / (slices_in_shape + 3.0),
         "shape_has_slope": _centring(design.log_tokens, shape_of_cell, design.num_shapes),
         "shape_has_floor": cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
+        "family_log_batch": own["log_batch"],
         "centre": np.array([mid[name] for name in REGRESSORS]),
         **{f"cell_{name}": values for name, values in cells.items()},
     }
@@ -185,7 +191,7 @@ def _effect(name: str, mean: Any, sd: Any, centring: Any, size: Any) -> Any:
 
 
 def _loss_law(prior: Prior, num_families: int) -> tuple[Any, dict[str, Any]]:
-    """Loss at the centre of the data and the four parameters of its law, each (family,).
+    """Loss at the centre of a family's data, and the four parameters of its law, each (family,).
 
     The card speaks of three parts, those that parameters, tokens and nothing remove, and of two
     exponents. Data tell their sum and the two slopes, part times exponent. Those are sampled,
@@ -272,7 +278,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         )
 
         # The level is sampled as ln LR* at the mean batch; its prior speaks of the best batch.
-        zero_g = data["centre"][3] - best_batch_level
+        zero_g = data["family_log_batch"] - best_batch_level
         lr_anchor = pm.Flat("lr_anchor", shape=num_families)
         lr_level = pm.Deterministic(
             "lr_level",
@@ -311,7 +317,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         )
         pm.Deterministic("lr_tokens_shape", lr_tokens_h - slope_h[:, 2])
         loss_law_h = loss_level[shape_family] + by_shape["loss_n_active"] * pt.expm1(
-            -by_shape["loss_exponent_n_active"] * data["shape_d_n_active"]
+            -by_shape["loss_exponent_n_active"] * data["shape_own_n_active"]
         )
         loss_at_shape = _effect(
             "loss_shape", loss_law_h, p["loss_shape_sd"], data["shape_has_floor"], num_shapes
@@ -350,7 +356,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
                 "loss_cell",
                 loss_at_shape[cell_shape]
                 + p["loss_tokens"][cell_family]
-                * pt.expm1(-p["loss_exponent_tokens"][cell_family] * d_d)
+                * pt.expm1(-p["loss_exponent_tokens"][cell_family] * data["cell_own_tokens"])
                 + p["loss_unannealed"] * data["cell_unannealed"],
                 p["loss_cell_sd"],
                 data["cell_has_floor"],
@@ -362,7 +368,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         z = data["slice_log_batch"] - best_batch[slice_cell]
         slope_s = family_slope[slice_family]
         knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], pt)
-        zero = data["centre"][3] - best_batch[slice_cell]
+        zero = data["family_log_batch"][slice_family] - best_batch[slice_cell]
         zero_knee = laws.batch_knee(zero, slope_s[:, 3], slope_s[:, 4], pt)
         lr_opt = pm.Deterministic("lr_opt", _effect(
             "lr_opt", lr_cell[slice_cell] + knee, p["lr_slice_sd"], data["slice_has_lr"],
