@@ -305,7 +305,8 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
             else draws[name][:, g]
             for g in columns
         ]  # fmt: skip
-        return np.stack(found, axis=1) if len(found) == 1 else np.stack(found, axis=1)[:, column]
+        by_family = np.stack(found, axis=1)
+        return by_family if len(found) == 1 else by_family[:, column]
 
     values = np.stack([x[k].round(4) for k in REGRESSORS], axis=1).tolist()
     keys = [(g, *row) for g, row in zip(families, values, strict=True)]

@@ -239,7 +239,7 @@ class Worker:
                 return trial
         return None
 
-    def _plan_next(self, *, refused: Sequence[Due] = ()) -> bool:
+    def _plan_next(self, *, refused: Sequence[Due]) -> bool:
         number = self._batch + 1
         if not self._study.claim(f"batch:{number}"):
             return False
