@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import horizon
+from bayeslr.runs import horizon, last_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -130,18 +130,6 @@ def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
     return codes, first.astype(np.int64)
 
 
-def _last_word(frame: pd.DataFrame) -> BoolArray:
-    """Rows that count: ended ones, and the last checkpoint of each run that has not ended.
-
-    Earlier checkpoints of a run share its noise, and were measured at a schedule's start.
-    """
-    open_ = frame["status"].isin(["partial", "pruned"])
-    ended = set(frame.loc[~open_, "run_id"])
-    latest = frame.loc[open_].groupby("run_id")["tokens"].transform("max")
-    is_latest = frame["tokens"].eq(latest.reindex(frame.index))
-    return np.asarray(~open_ | (is_latest & ~frame["run_id"].isin(ended)), dtype=bool)
-
-
 def build_design(table: RunTable) -> Design:
     """Design of the runs that say something about the LR: ok, partial, pruned and diverged ones.
 
@@ -166,7 +154,7 @@ def build_design(table: RunTable) -> Design:
             f"all {len(frame)} runs diverged: they bound the LR from above but show no valley; "
             "add runs at lower LR"
         )
-    last = _last_word(frame)
+    last = last_word(frame)
     frame, diverged = frame.loc[last].copy(), diverged[last]
     frame["tokens"] = horizon(frame)
     frame["annealed"] = ~frame["status"].isin(["partial", "pruned"]).to_numpy()

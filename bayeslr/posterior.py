@@ -25,6 +25,7 @@ from bayeslr.errors import BayeslrError, DataError, StorageError
 from bayeslr.features import REGRESSORS, Design, build_design
 from bayeslr.priors import OUTPUTS, SLOPES, Distribution, Prior
 from bayeslr.runs import RunTable, identifiability, read_runs
+from bayeslr.units import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -299,7 +300,7 @@ def _verdict(diagnostics: Mapping[str, Any], gate: Gate) -> tuple[bool, str]:
     return True, (
         f"The sampler converged: R-hat at most {diagnostics['max_r_hat']:.3f}, at least "
         f"{diagnostics['min_ess']:.0f} effective draws for every parameter, "
-        f"{diagnostics.get('divergences', 0.0):.0f} divergent transitions."
+        f"{counted(diagnostics.get('divergences', 0.0), 'divergent transition')}."
     )
 
 

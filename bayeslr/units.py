@@ -51,8 +51,20 @@ def format_quantity(number: float) -> str:
 
 def format_lr(lr: float) -> str:
     """An LR to three figures: ``5.60e-4``."""
+    if not math.isfinite(lr):
+        return str(lr)
     mantissa, exponent = f"{lr:.2e}".split("e")
     return f"{mantissa}e{int(exponent)}"
+
+
+def format_interval(low: float, high: float) -> str:
+    """The 5 and 95 % quantiles of an LR: ``90 % interval 2.00e-4 to 8.00e-4``."""
+    return f"90 % interval {format_lr(low)} to {format_lr(high)}"
+
+
+def counted(number: float, thing: str) -> str:
+    """A number of things: ``1 run``, ``2 runs``."""
+    return f"{number:.0f} {thing}" + ("" if number == 1 else "s")
 
 
 def train_flops(n_active: float, tokens: float) -> float:

@@ -544,6 +544,18 @@ def test_optimum_at_an_edge() -> None:
     assert "highest" not in told(rows + diverged)  # the side is closed by divergence
 
 
+def test_checkpoints_of_ended_runs_count_once_and_show_no_blind_spot() -> None:
+    rows = sweep()
+    early = [
+        row | {"tokens": row["tokens"] / 10, "status": "partial", "loss": 3.0 - row["lr"]}
+        for row in rows
+    ]
+    assert "the best LR is the highest" not in told(rows + early)
+    counted, alone = describe(make_table(rows + early)), describe(make_table(rows))
+    assert counted["flops"] == alone["flops"]
+    assert counted["families"][0]["slices"] == alone["families"][0]["slices"]
+
+
 def test_all_runs_diverged() -> None:
     rows = [row | {"status": "diverged", "loss": None} for row in sweep()]
     assert told(rows).startswith("all runs diverged: they bound the LR from above")

@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bayeslr.errors import BayeslrError, SpecError
-from bayeslr.units import bits_to_nats, format_quantity, parse_count, parse_quantity, train_flops
+from bayeslr.units import (
+    bits_to_nats,
+    counted,
+    format_interval,
+    format_lr,
+    format_quantity,
+    parse_count,
+    parse_quantity,
+    train_flops,
+)
 
 
 @pytest.mark.parametrize(
@@ -89,3 +98,11 @@ def test_printing_keeps_four_figures(number: float) -> None:
 def test_flops_and_bits() -> None:
     assert train_flops(1.3e9, 5e11) == pytest.approx(3.9e21)
     assert bits_to_nats(1.0) == pytest.approx(math.log(2))
+
+
+def test_words_for_people() -> None:
+    assert counted(1, "run") == "1 run"
+    assert counted(0.0, "divergent transition") == "0 divergent transitions"
+    assert format_lr(5.6e-4) == "5.60e-4"
+    assert format_lr(math.nan) == "nan"
+    assert format_interval(2e-4, 8e-4) == "90 % interval 2.00e-4 to 8.00e-4"

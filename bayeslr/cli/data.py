@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayeslr.units import format_quantity
+from bayeslr.units import counted, format_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -194,7 +194,7 @@ def _import(format_name: str, path: Path, out: Path, dry_run: bool, **options: A
     from bayeslr.runs import write_atomically
 
     table = importers.read(format_name, str(path), **options)
-    typer.echo(f"{path}: {len(table)} row{'s' if len(table) > 1 else ''} accepted")
+    typer.echo(f"{path}: {counted(len(table), 'row')} accepted")
     for name, rows in table.frame.groupby("family", sort=False):
         counts = ", ".join(f"{n} {s}" for s, n in rows["status"].value_counts().items())
         typer.echo(f"  {name}: {counts}")
@@ -245,7 +245,7 @@ def _echo_quarantine(quarantine: pd.DataFrame, path: Path | None) -> None:
 
     where = f", all of them in {path}" if path else ""
     num = len(quarantine)
-    typer.echo(f"{num} row{'s' if num > 1 else ''} quarantined{where}:", err=True)
+    typer.echo(f"{counted(num, 'row')} quarantined{where}:", err=True)
     typer.echo(first_reasons(quarantine), err=True)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from bayeslr.errors import SpecError
-from bayeslr.units import format_quantity, parse_quantity
+from bayeslr.units import format_interval, format_lr, format_quantity, parse_quantity
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -72,9 +72,9 @@ def _write_specs(out: Path, found: Plan) -> None:
 def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     lines = ["If nothing more is run:"]
     lines += [
-        f"  {row['target_id']}: peak LR {row['lr']:.3g} (90 % interval {row['lr_q05']:.3g} to "
-        f"{row['lr_q95']:.3g}), expected regret {row['regret_mean']:.2g} nats, as much as "
-        f"{100 * row['extra_tokens']:.2g} % more tokens"
+        f"  {row['target_id']}: peak LR {format_lr(row['lr'])} "
+        f"({format_interval(row['lr_q05'], row['lr_q95'])}), expected regret "
+        f"{row['regret_mean']:.2g} nats, as much as {100 * row['extra_tokens']:.2g} % more tokens"
         for row in predictions
     ]
     if not found.proposals:
@@ -84,7 +84,7 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
         (
             str(p.spec.shape.get("name", format_quantity(p.spec.n_active))),
             format_quantity(p.spec.tokens), format_quantity(p.spec.batch_tokens),
-            f"{p.spec.lr:.3g}{'*' if p.repeat else ''}", format_quantity(p.flops),
+            f"{format_lr(p.spec.lr)}{'*' if p.repeat else ''}", format_quantity(p.flops),
             f"{p.saves_nats:.2g}", format_quantity(p.saves_flops), f"{100 * p.p_diverge:.0f} %",
         )
         for p in found.proposals

@@ -37,6 +37,7 @@ from bayeslr.runner_protocol import Runner, Trial, find_entry_point
 from bayeslr.runs import write_atomically
 from bayeslr.space import targets_of
 from bayeslr.specs import Recipe, Target
+from bayeslr.units import format_interval, format_lr
 
 if TYPE_CHECKING:
     from bayeslr.runs import RunTable
@@ -122,7 +123,7 @@ def _trainable(arms: Sequence[Arm], recipe: CompareRecipe, left_out: dict[str, s
 def arm_line(arm: Arm) -> str:
     """An arm's choices in one line."""
     lrs = ", ".join(
-        f"{c.target_id} lr {c.lr:.3g} (90 % interval {c.lr_q05:.3g} to {c.lr_q95:.3g})"
+        f"{c.target_id} lr {format_lr(c.lr)} ({format_interval(c.lr_q05, c.lr_q95)})"
         for c in arm.choices
     )
     return f"{arm.name}: {lrs}"

@@ -18,7 +18,7 @@ from bayeslr.report.rendering import render_page
 from bayeslr.report.text import interval_text, scale_text
 from bayeslr.runs import write_atomically
 from bayeslr.specs import Target
-from bayeslr.units import format_lr, format_quantity
+from bayeslr.units import counted, format_lr, format_quantity
 
 if TYPE_CHECKING:
     from bayeslr.compare import Comparison
@@ -51,8 +51,7 @@ def _page(result: Comparison, targets: Sequence[Target]) -> dict[str, Any]:
         "eyebrow": [
             recipe.name,
             f"{format_quantity(recipe.proxy_flops)} FLOPs of proxies each",
-            f"{num_runs} held-out runs, {recipe.num_seeds} "
-            f"seed{'s' if recipe.num_seeds > 1 else ''}",
+            f"{num_runs} held-out runs, {counted(recipe.num_seeds, 'seed')}",
         ],
         "sentence": result.verdict.sentence,
         "plain": winner is None,

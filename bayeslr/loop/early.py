@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr.runner_protocol import Trial
 from bayeslr.specs import RunSpec
-from bayeslr.units import format_quantity
+from bayeslr.units import counted, format_quantity
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -98,7 +98,7 @@ class EarlyEnds:
 
     def line(self) -> str:
         """For people."""
-        count = f"{len(self.runs)} runs were" if len(self.runs) != 1 else "1 run was"
+        count = counted(len(self.runs), "run") + (" was" if len(self.runs) == 1 else " were")
         text = (
             f"{count} stopped early: {format_quantity(self.saved_flops)} FLOPs "
             f"saved, {format_quantity(self.spent_flops)} spent on them"

@@ -26,7 +26,7 @@ from bayeslr.space import (
     weights_of,
 )
 from bayeslr.specs import Recipe, Target
-from bayeslr.units import format_quantity
+from bayeslr.units import format_interval, format_lr, format_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -197,8 +197,8 @@ def table_of(trials: Sequence[Trial], recipe: Recipe) -> RunTable:
 def prediction_line(row: Mapping[Hashable, Any], num_runs: int) -> str:
     """What is believed of a target after so many runs, in one line."""
     return (
-        f"after {num_runs} runs: {row['target_id']} lr {row['lr']:.3g} "
-        f"(90 % interval {row['lr_q05']:.3g} to {row['lr_q95']:.3g})"
+        f"after {num_runs} runs: {row['target_id']} lr {format_lr(row['lr'])} "
+        f"({format_interval(row['lr_q05'], row['lr_q95'])})"
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from bayeslr.loop.early import EarlyEnds, early_ends
 from bayeslr.runner_protocol import Study
-from bayeslr.units import format_quantity
+from bayeslr.units import format_interval, format_lr, format_quantity
 
 
 def status_of(study: Study) -> dict[str, Any]:
@@ -77,6 +77,6 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         for row in status["prediction"]["targets"]:
             lines.append(
                 f"prediction after {status['prediction']['runs']} runs: {row['target_id']} "
-                f"lr {row['lr']:.3g} (90 % interval {row['lr_q05']:.3g} to {row['lr_q95']:.3g})"
+                f"lr {format_lr(row['lr'])} ({format_interval(row['lr_q05'], row['lr_q95'])})"
             )
     return lines

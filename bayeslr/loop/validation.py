@@ -13,7 +13,7 @@ from bayeslr.loop.worker import Due
 from bayeslr.runner_protocol import Runner, Trial
 from bayeslr.space import run_spec
 from bayeslr.specs import Recipe, Target
-from bayeslr.units import format_quantity
+from bayeslr.units import format_interval, format_lr, format_quantity
 
 MULTIPLES = (1.0, 0.5, 2.0)
 
@@ -58,18 +58,20 @@ class Validation:
         """What came out, for people."""
         told = [f"{self.target_id}, trained at half, once and twice the recommended LR:"]
         for lr, loss, state in sorted(zip(self.lrs, self.losses, self.states, strict=True)):
+            outcome = state if loss is None else f"loss {loss:.4f}"
             mark = "  <- recommended" if lr == self.lr else ""
-            told.append(f"  lr {lr:.3g}: {state if loss is None else f'loss {loss:.4f}'}{mark}")
-        interval = f"90 % interval {self.lr_q05:.3g} to {self.lr_q95:.3g}"
+            told.append(f"  lr {format_lr(lr)}: {outcome}{mark}")
+        interval = format_interval(self.lr_q05, self.lr_q95)
         if self.best_lr is None or self.regret is None:
             return [*told, f"No verdict: too few of the three runs ended well ({interval})."]
         if self.bracketed:
-            told.append(f"The bottom of the valley through them is at lr {self.best_lr:.3g}.")
+            best_lr = format_lr(self.best_lr)
+            told.append(f"The bottom of the valley through them is at lr {best_lr}.")
         else:
             side = "below" if self.best_lr < self.lr else "above"
             told.append(
-                f"The lowest loss is at the edge, lr {self.best_lr:.3g}: the optimum may lie "
-                f"further {side}."
+                f"The lowest loss is at the edge, lr {format_lr(self.best_lr)}: the optimum may "
+                f"lie further {side}."
             )
         verdict = {
             True: f"It lies where the posterior said ({interval}).",

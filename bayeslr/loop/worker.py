@@ -18,7 +18,7 @@ from bayeslr.loop.children import Child, Verdict, complete, ended_early, judge, 
 from bayeslr.loop.early import hopeless
 from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
 from bayeslr.specs import RunSpec
-from bayeslr.units import format_quantity
+from bayeslr.units import format_lr, format_quantity
 
 POLL_SECONDS = 0.05
 IDLE_SECONDS = 1.0
@@ -195,7 +195,7 @@ class Worker:
         return (
             f"[{share:4.0%} of budget] {spec.run_id}: {spec.shape.get('name', '')} "
             f"N={format_quantity(spec.n_active)} D={format_quantity(spec.tokens)} "
-            f"lr={spec.lr:.3g}  {outcome}  {wall_s:.1f} s"
+            f"lr={format_lr(spec.lr)}  {outcome}  {wall_s:.1f} s"
         )
 
     def _fill(self) -> Stop | None:

@@ -11,8 +11,9 @@ import numpy as np
 from bayeslr.priors import PARAMETERS, Distribution
 from bayeslr.report import figures
 from bayeslr.report.targets import FAR
+from bayeslr.runs import total_flops
 from bayeslr.specs import Target
-from bayeslr.units import format_quantity
+from bayeslr.units import counted, format_quantity
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -138,7 +139,7 @@ def sampler_lead(posterior: Posterior) -> str:
     found = posterior.info["diagnostics"]
     parts = [f"{found['num_chains']} chains of {found['num_draws']} draws"]
     if "divergences" in found:
-        parts.append(f"{found['divergences']:.0f} divergent transitions")
+        parts.append(counted(found["divergences"], "divergent transition"))
     if "mean_acceptance" in found:
         parts.append(f"mean acceptance {found['mean_acceptance']:.2f}")
     if "mean_steps" in found:
@@ -166,7 +167,8 @@ def facts(posterior: Posterior) -> list[tuple[str, str]]:
             ("Runs", f"{kept}, {info['num_diverged']} of them diverged; "
                      f"{info['num_slices']} slices"),
             ("Families, rows", listed),
-            ("Compute", f"{format_quantity(float(runs.frame['flops'].sum()))} FLOPs in all"),
+            ("Compute",
+             f"{format_quantity(total_flops(runs.frame))} FLOPs, each run at its longest"),
             ("Parameters", f"counted as {str(info['param_convention']).replace('_', '-')}"),
             ("Rows set aside", f"{info['num_quarantined']}"),
             ("Data, SHA-256", str(info["data_hash"])),

@@ -16,7 +16,15 @@ from bayeslr.runs.columns import (
 )
 from bayeslr.runs.files import read_csv, write_atomically
 from bayeslr.runs.insight import describe, identifiability, lr_group
-from bayeslr.runs.table import RunTable, concat, horizon, make_table, read_runs
+from bayeslr.runs.table import (
+    RunTable,
+    concat,
+    horizon,
+    last_word,
+    make_table,
+    read_runs,
+    total_flops,
+)
 
 __all__ = [
     "ALIASES",
@@ -33,11 +41,13 @@ __all__ = [
     "first_reasons",
     "horizon",
     "identifiability",
+    "last_word",
     "lr_group",
     "make_table",
     "nearest",
     "numbers",
     "read_csv",
     "read_runs",
+    "total_flops",
     "write_atomically",
 ]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from bayeslr.errors import DataError
 from bayeslr.runs.columns import COLUMNS, NUMBER_NAMES, REQUIRED_NAMES, nearest
+from bayeslr.units import counted
 
 QUARANTINE_COLUMNS = ("file", "line", "run_id", "column", "value", "rule", "advice")
 
@@ -268,7 +269,7 @@ def first_reasons(quarantine: pd.DataFrame, limit: int = 3) -> str:
     for rows in reasons[:limit]:
         first = rows.iloc[0]
         shown.append(
-            f"  {len(rows)} row{'s' if len(rows) > 1 else ''}: {first['rule']}, got "
+            f"  {counted(len(rows), 'row')}: {first['rule']}, got "
             f"{first['value']!r} ({first['file']}, line {first['line']}); {first['advice']}"
         )
     if len(reasons) > limit:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from bayeslr.runs.additions import cheapest_addition
 from bayeslr.runs.cells import Floats
 from bayeslr.runs.columns import SHAPE_KEYS
-from bayeslr.runs.table import RunTable, horizon
+from bayeslr.runs.table import RunTable, horizon, last_word, total_flops
 from bayeslr.units import format_lr, format_quantity
 
 
@@ -33,11 +33,13 @@ def lr_group(lr: Floats) -> NDArray[np.int64]:
 
 
 def _with_groups(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with integer columns shape, cell and slice; failed and lost runs left out.
+    """The frame with integer columns shape, cell and slice, of the rows that a fit would use.
 
+    Failed and lost runs are left out, and all checkpoints but the last of a run that has not ended.
     A diverged run belongs to the token count that it was meant to reach.
     """
-    told = frame[~frame["status"].isin(["failed", "lost"])].copy()
+    told = frame[~frame["status"].isin(["failed", "lost"])]
+    told = told[last_word(told)].copy()
     told["horizon"] = horizon(told)
     told["shape"] = told.groupby(list(SHAPE_KEYS), dropna=False, sort=False).ngroup()
     told["cell"] = told.groupby(["shape", "horizon"], dropna=False, sort=False).ngroup()
@@ -71,14 +73,14 @@ def describe(table: RunTable) -> dict[str, Any]:
                 "batch_tokens": _span(rows["batch_tokens"]),
                 "lr": _span(rows["lr"]),
                 "loss": _span(rows["loss"]),
-                "flops": float(rows["flops"].sum()),
+                "flops": total_flops(rows),
             }
         )
     return {
         "source": table.source,
         "rows": len(table),
         "param_convention": str(table.frame["param_convention"].iloc[0]),
-        "flops": float(table.frame["flops"].sum()),
+        "flops": total_flops(table.frame),
         "data_hash": table.data_hash,
         "families": families,
     }

@@ -11,6 +11,7 @@ import pandas as pd
 from bayeslr.errors import DataError
 from bayeslr.runs.cells import Floats, Mask, Rejects, TypedRows, numbers
 from bayeslr.runs.columns import COLUMNS, REQUIRED_NAMES, RUN_KEYS, Column
+from bayeslr.units import counted
 
 # 1.2 ln(vocabulary) for a vocabulary of 118,000: a higher loss is worse than guessing.
 MAX_LOSS = 14.0
@@ -303,7 +304,7 @@ def _check_runs(frame: pd.DataFrame, rejects: Rejects, warnings: list[str]) -> N
     )
     if len(repeats):
         warnings.append(
-            f"{len(repeats)} row{'s' if len(repeats) > 1 else ''} repeat an earlier one (the first "
+            f"{counted(len(repeats), 'row')} repeat an earlier one (the first "
             f"is of run_id {frame['run_id'].loc[repeats[0]]!r}); the earlier ones are kept"
         )
     left = place.drop(index=repeats)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs.cells import Rows, empty_quarantine, first_reasons, quarantine_of, type_columns
@@ -73,6 +74,23 @@ def horizon(frame: pd.DataFrame) -> pd.Series[float]:
     Not those at which it died, for another LR would have gone on.
     """
     return frame["planned_tokens"].where(frame["status"] == "diverged").fillna(frame["tokens"])
+
+
+def last_word(frame: pd.DataFrame) -> NDArray[np.bool_]:
+    """Rows (row,) that count: ended ones, and the last checkpoint of each run that has not ended.
+
+    Earlier checkpoints of a run share its noise, and were measured at a schedule's start.
+    """
+    open_ = frame["status"].isin(["partial", "pruned"])
+    ended = set(frame.loc[~open_, "run_id"])
+    latest = frame.loc[open_].groupby("run_id")["tokens"].transform("max")
+    is_latest = frame["tokens"].eq(latest.reindex(frame.index))
+    return np.asarray(~open_ | (is_latest & ~frame["run_id"].isin(ended)), dtype=bool)
+
+
+def total_flops(frame: pd.DataFrame) -> float:
+    """FLOPs of all runs, each counted once, at the longest of its rows."""
+    return float(frame.groupby("run_id")["flops"].max().sum())
 
 
 def read_runs(*paths: str | Path) -> RunTable:
