@@ -173,7 +173,7 @@ class _Beliefs:
         u = tried - at.log_lr[:, column]
         excess = laws.valley_excess(u, np.exp(at.log_curvature[:, column]), at.skew[:, column])
         logit = (tried - at.log_edge[:, column]) / at.edge_width
-        lost = 1.0 / (1.0 + np.exp(-np.clip(logit, -500, 500)))
+        lost = laws.logistic(logit)
         self.p_diverge = lost.mean(axis=0)[first[:-1]]
         rng = np.random.default_rng([seed, 20_260_106])
         finished = np.minimum(excess, _MAX_EXCESS)

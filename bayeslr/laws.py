@@ -68,6 +68,11 @@ def noise_scale(
     return xp.sqrt(xp.exp(2.0 * widening) * own + loss_se**2)
 
 
+def logistic(x: Any) -> Any:
+    """1 / (1 + e^-x), without overflow."""
+    return 0.5 * (1.0 + np.tanh(0.5 * x))
+
+
 def softplus(x: Any, xp: Any = np) -> Any:
     """ln(1 + e^x), without overflow in itself or in its gradient."""
     magnitude = xp.abs(x)

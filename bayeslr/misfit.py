@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayeslr import laws
 from bayeslr.pointwise import blocks, has_end, has_loss
 from bayeslr.units import format_quantity
 
@@ -121,7 +122,7 @@ def _told(posterior: Posterior, num_draws: int) -> _Told:
         z = (design.loss[runs][of] - at.mean[:, of]) / at.scale[:, of]
         parts.append((np.asarray(t.cdf(z, at.dof)), at.offset[:, of], at.excess[:, of]))
         of = ended[runs]
-        odds = 1.0 / (1.0 + np.exp(-np.clip(at.logit[:, of], -500, 500)))
+        odds = laws.logistic(at.logit[:, of])
         surprises += ((odds > 0.5) != design.diverged[runs][of]).sum(axis=1)
         expected += np.minimum(odds, 1.0 - odds).sum(axis=1)
     pit, offset, excess = (np.concatenate(part, axis=1) for part in zip(*parts, strict=True))

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,17 @@ class TargetDraws:
     loss_tokens: FloatArray
     loss_exponent: FloatArray
     diverged_loss: float
+
+    @cached_property
+    def curvature(self) -> FloatArray:
+        """Nats per unit of squared ln LR at the optimum, (draw, target)."""
+        return np.asarray(np.exp(self.log_curvature))
+
+    @cached_property
+    def training_again(self) -> FloatArray:
+        """Nats that twice the tokens would have bought, the price of divergence, (draw, target)."""
+        bought = -self.loss_tokens * np.expm1(-math.log(2.0) * self.loss_exponent)
+        return np.asarray(np.minimum(bought, self.diverged_loss))
 
 
 def prior_posterior(prior: str | Prior, *, num_draws: int = 4000, seed: int = 1) -> Posterior:
@@ -170,9 +182,13 @@ def target_draws(posterior: Posterior, targets: Sequence[Target], *,
     """
     for target in targets:
         require_convention(posterior, target)
-    if posterior.info["method"] == "two-stage":
-        return _two_stage_draws(posterior, targets, max_draws)
-    return _valley_draws(posterior, targets, max_draws)
+    return _draws_at(_Thinned(posterior, max_draws), targets)
+
+
+def _draws_at(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
+    if thinned.posterior.info["method"] == "two-stage":
+        return _two_stage_draws(thinned, targets)
+    return _valley_draws(thinned, targets)
 
 
 # Parameters of the population behind a family's level: start, stem of its exponents, scatter.
@@ -186,12 +202,12 @@ _LEVELS = {
 
 
 def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
-               away: Mapping[str, float], normal: Callable[[Any], FloatArray],
+               away: Mapping[str, float], normal: Callable[[str], FloatArray],
                ) -> FloatArray:  # fmt: skip
     """Draws (draw,) of a family-level parameter of a family that was not seen.
 
     draws: of the population's parameters, or of a card's. away: of the centre at which levels are
-    stated from the card's reference, natural logs. normal: standard normal draws (draw,) by key.
+    stated from the card's reference, natural logs. normal: standard normal draws (draw,) by name.
     """
     if name in _LEVELS:
         start, stem, sd = _LEVELS[name]
@@ -201,42 +217,45 @@ def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
             level = level + draws[f"{stem}_tokens"] * away["log_tokens"]
         if stem == "lr":
             level = level + draws["lr_sparsity"] * away["log_sparsity"]
-        return np.asarray(level + draws[sd] * normal((name, "family")))
+        return np.asarray(level + draws[sd] * normal(name))
     if name in PER_FAMILY:
-        return np.asarray(
-            prior[name].location * np.exp(prior[name].scale * normal((name, "family")))
-        )
+        return np.asarray(prior[name].location * np.exp(prior[name].scale * normal(name)))
     if name == "loss_level":
         entry = prior["loss_irreducible"]
-        irreducible = entry.location * np.exp(entry.scale * normal((name, "family")))
+        irreducible = entry.location * np.exp(entry.scale * normal(name))
         by_size, by_tokens = (
             new_family(part, draws, prior, away, normal)
             for part in ("loss_n_active", "loss_tokens")
         )
         return np.asarray(irreducible + by_size + by_tokens)
     assert name in SLOPES
-    return np.asarray(draws[name] + draws["lr_slope_family_sd"] * normal((name, "family")))
+    return np.asarray(draws[name] + draws["lr_slope_family_sd"] * normal(name))
 
 
-class _Effects:
-    """New effects of groups that were not measured, each (draw, group), from the fit's own seed."""
+class _Thinned:
+    """Draws of a posterior with chains joined, and new effects of what was not measured.
 
-    def __init__(self, seed: int, num_draws: int) -> None:
-        self._rng = np.random.default_rng([seed, 20_260_105])
-        self._num_draws = num_draws
-        self._new: dict[Any, FloatArray] = {}
+    Effects come from the fit's own seed and a name each, so that whoever asks gets the same ones.
+    """
 
-    def normal(self, key: Any) -> FloatArray:
-        """Standard normal draws (draw,); the same for the same key."""
-        if key not in self._new:
-            self._new[key] = self._rng.standard_normal(self._num_draws)
-        return self._new[key]
+    def __init__(self, posterior: Posterior, max_draws: int) -> None:
+        kept = posterior.thinned(max_draws)
+        self.posterior, self.num_draws = posterior, len(kept)
+        self.draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
+        self.measured = _measured(posterior)
+        self._new: dict[str, FloatArray] = {}
 
-    def of_groups(self, group: NDArray[np.int64]) -> FloatArray:
-        """Standard normal draws (draw, target): a column for each ``group`` (target,)."""
-        num_groups = int(group.max()) + 1
-        new = self._rng.standard_normal((self._num_draws, num_groups))
-        return new if num_groups == len(group) else new[:, group]
+    def normal(self, name: str) -> FloatArray:
+        """Standard normal draws (draw,); the same for the same name."""
+        return self.normals(name, 1)[:, 0]
+
+    def normals(self, name: str, num_groups: int) -> FloatArray:
+        """Standard normal draws (draw, group); the first groups' are the same for any number."""
+        if name not in self._new or self._new[name].shape[1] < num_groups:
+            rng = np.random.default_rng([int(self.posterior.info["seed"]), *name.encode()])
+            by_group = rng.standard_normal((num_groups, self.num_draws))
+            self._new[name] = np.ascontiguousarray(by_group.T)
+        return self._new[name][:, :num_groups]
 
 
 def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
@@ -280,16 +299,13 @@ def _centres(posterior: Posterior, families: Iterable[int | None]) -> dict[str, 
 _DEPTH = {"shape": 3, "cell": 4, "slice": 5}
 
 
-def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: int) -> TargetDraws:
-    kept = posterior.thinned(max_draws)
-    num_draws, num_targets = len(kept), len(targets)
-    draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
+def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
+    posterior, draws = thinned.posterior, thinned.draws
     # Parameters of the population, each (draw, 1).
     p = {name: values[:, None] for name, values in draws.items() if values.ndim == 1}
     prior, centre = posterior.prior, posterior.info["centre"]
     reference = prior.log_reference
     x = target_features(targets)
-    effects = _Effects(int(posterior.info["seed"]), num_draws)
     away = {k: centre[k] - reference[k] for k in reference}
 
     families = [family_of(posterior, target) for target in targets]
@@ -300,7 +316,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     def of_family(name: str) -> FloatArray:
         """Draws of a family's parameter, (draw, target), or (draw, 1) where all share a family."""
         found = [
-            new_family(name, draws, prior, away, effects.normal) if g is None
+            new_family(name, draws, prior, away, thinned.normal) if g is None
             else draws["family_slope"][:, g, SLOPES.index(name)] if name in SLOPES
             else draws[name][:, g]
             for g in columns
@@ -310,12 +326,12 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
 
     values = np.stack([x[k].round(4) for k in REGRESSORS], axis=1).tolist()
     keys = [(g, *row) for g, row in zip(families, values, strict=True)]
-    measured, index, group = _measured(posterior), {}, {}
+    index, group = {}, {}
     for level, depth in _DEPTH.items():
         cut = [key[:depth] for key in keys]
         numbers = {key: i for i, key in enumerate(dict.fromkeys(cut))}
         group[level] = np.array([numbers[key] for key in cut])
-        index[level] = np.array([measured[level].get(key, -1) for key in cut])
+        index[level] = np.array([thinned.measured[level].get(key, -1) for key in cut])
 
     def of_level(level: str, name: str, new: FloatArray) -> FloatArray:
         """``new`` (draw, target), with what was measured in the columns of measured groups."""
@@ -325,7 +341,8 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
         return new
 
     def scatter(level: str, sd: str) -> FloatArray:
-        return np.asarray(p[sd] * effects.of_groups(group[level]))
+        new = thinned.normals(sd, int(group[level].max()) + 1)
+        return np.asarray(p[sd] * (new if new.shape[1] == len(targets) else new[:, group[level]]))
 
     d_n, d_s, d_d = (x[k] - centre[k] for k in REGRESSORS[:3])
     best_batch = of_level(
@@ -365,7 +382,7 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     knee, zero_knee = laws.batch_knee(z, *slopes), laws.batch_knee(zero, *slopes)
     penalty = of_family("penalty_scale") * np.exp(p["penalty_tokens"] * d_d)
     by_batch = laws.linex(z, p["penalty_skew"]) - laws.linex(zero, p["penalty_skew"])
-    shape = (num_draws, num_targets)
+    shape = (thinned.num_draws, len(targets))
     return TargetDraws(
         log_lr=of_level("slice", "lr_opt", lr_cell + knee + scatter("slice", "lr_slice_sd")),
         log_curvature=of_level(
@@ -389,25 +406,23 @@ def _valley_draws(posterior: Posterior, targets: Sequence[Target], max_draws: in
     )  # fmt: skip
 
 
-def _two_stage_draws(posterior: Posterior, targets: Sequence[Target],
-                     max_draws: int) -> TargetDraws:  # fmt: skip
-    kept = posterior.thinned(max_draws)
+def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
+    posterior, draws = thinned.posterior, thinned.draws
     x, centre = target_features(targets), posterior.info["centre"]
     away = np.stack([x[k] - centre[k] for k in REGRESSORS])
-    rng = np.random.default_rng([int(posterior.info["seed"]), 20_260_105])
-    shape = (len(kept), len(targets))
+    shape = (thinned.num_draws, len(targets))
     log_lr = (
-        posterior.flat("intercept")[kept, None] + posterior.flat("coefficient")[kept] @ away
-        + posterior.flat("residual_sd")[kept, None] * rng.normal(size=shape)
+        draws["intercept"][:, None] + draws["coefficient"] @ away
+        + draws["residual_sd"][:, None] * thinned.normals("residual_sd", len(targets))
     )  # fmt: skip
     prior = posterior.prior
     exponent = prior["loss_exponent_tokens"].location
     return TargetDraws(
         log_lr=log_lr,
-        log_curvature=np.broadcast_to(np.log(posterior.flat("curvature")[kept, None]), shape),
+        log_curvature=np.broadcast_to(np.log(draws["curvature"][:, None]), shape),
         skew=np.full(shape, 1e-3),
         log_edge=np.full(shape, np.inf),
-        edge_width=np.ones((len(kept), 1)),
+        edge_width=np.ones((thinned.num_draws, 1)),
         floor=np.full(shape, np.nan),
         loss_tokens=np.full(shape, prior["loss_tokens"].location),
         loss_exponent=np.full(shape, exponent),
@@ -417,8 +432,7 @@ def _two_stage_draws(posterior: Posterior, targets: Sequence[Target],
 
 def p_diverge(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
     """Probability of divergence by draw and target at ln LR (target,), shape (draw, target)."""
-    logit = np.clip((log_lr - at.log_edge) / at.edge_width, -500, 500)
-    return np.asarray(1.0 / (1.0 + np.exp(-logit)))
+    return np.asarray(laws.logistic((log_lr - at.log_edge) / at.edge_width))
 
 
 def regret_draws(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
@@ -428,12 +442,9 @@ def regret_draws(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
     the tokens would have bought.
     A run that ends is never charged more than the card's ``diverged_loss``.
     """
-    excess = laws.valley_excess(log_lr - at.log_lr, np.exp(at.log_curvature), at.skew)
-    lost = p_diverge(at, log_lr)
-    again = np.minimum(
-        -at.loss_tokens * np.expm1(-math.log(2.0) * at.loss_exponent), at.diverged_loss
-    )
-    return np.asarray((1 - lost) * np.minimum(excess, at.diverged_loss) + lost * again)
+    excess = laws.valley_excess(log_lr - at.log_lr, at.curvature, at.skew)
+    ended = np.minimum(excess, at.diverged_loss)
+    return np.asarray(ended + p_diverge(at, log_lr) * (at.training_again - ended))
 
 
 def recommended_log_lr(at: TargetDraws) -> FloatArray:
@@ -528,18 +539,20 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
 
     if not targets:
         raise DataError("there is no target to predict; the targets table is empty")
+    for target in targets:
+        require_convention(posterior, target)
     num_draws = int(np.clip(_MAX_CELLS // len(targets), _FEWEST_DRAWS, _MAX_DRAWS))
+    thinned = _Thinned(posterior, num_draws)
     parts = [targets[i : i + _CHUNK] for i in range(0, len(targets), _CHUNK)]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda part: _predict_chunk(posterior, part, num_draws), parts)
+        found = pool.map(lambda part: _predict_chunk(thinned, part), parts)
         return pd.concat(found, ignore_index=True)
 
 
-def _predict_chunk(posterior: Posterior, targets: Sequence[Target],
-                   num_draws: int) -> pd.DataFrame:  # fmt: skip
+def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame:
     import pandas as pd
 
-    at = target_draws(posterior, targets, max_draws=num_draws)
+    posterior, at = thinned.posterior, _draws_at(thinned, targets)
     log_lr = recommended_log_lr(at)
     spread = np.exp(quantiles(at.log_lr, QUANTILES))
     charged = regret_draws(at, log_lr)

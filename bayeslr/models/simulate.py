@@ -284,9 +284,9 @@ def _outcomes(log_lr: FloatArray, planned: PlannedSlice, s: int, truth: Mapping[
         excess, u, truth["_d_log_batch"][s], truth["_d_log_tokens"][s], of_family, planned.loss_se
     )
     noise = rng.standard_t(1.0 + truth["noise_dof"], size=len(log_lr))
-    logit = np.clip((log_lr - truth["_edge"][s]) / truth["edge_width"], -500, 500)
+    lost = laws.logistic((log_lr - truth["_edge"][s]) / truth["edge_width"])
     # Unfinished runs in the model have not reached their end: none is said to have diverged.
-    diverged = (rng.random(len(log_lr)) < 1.0 / (1.0 + np.exp(-logit))) & planned.annealed
+    diverged = (rng.random(len(log_lr)) < lost) & planned.annealed
     return truth["floor"][s] + excess + sd * noise, diverged
 
 
