@@ -31,8 +31,8 @@ from bayeslr.predict import (
 )
 from bayeslr.runner_protocol import find_runner
 from bayeslr.runs import horizon
+from bayeslr.space import Candidate, targets_of, weights_of
 from bayeslr.space import candidates as candidates_of
-from bayeslr.space import targets_of, weights_of
 from bayeslr.specs import Recipe, RunSpec, Target
 from bayeslr.units import format_quantity
 
@@ -56,18 +56,6 @@ _CENTRAL, _FAR = (0.005, 0.995), 3.0
 # Runs of one slice bought together lie at its expected optimum and so many standard deviations to
 # each side of it; at least about a third of an octave, below which seed noise hides the slope.
 _REACHES, _LEAST_SD = (0.75, 1.5), 0.35
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Candidate:
-    """A run that could be paid for, and what it would cost in FLOPs.
-
-    ``repeat``: it was made before, with another seed.
-    """
-
-    spec: RunSpec
-    flops: float
-    repeat: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -391,14 +379,14 @@ def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
     """
     runner = find_runner(recipe)
     seen = _seen(posterior)
-    fresh = [p for p in candidates_of(recipe, runner) if not _keys(p.spec) <= seen]
+    fresh = [c for c in candidates_of(recipe, runner) if not _keys(c.spec) <= seen]
     next_seed = {**recipe.run, "seed": _last_seed(posterior, recipe) + 1}
     again = [
-        p for p in candidates_of(dataclasses.replace(recipe, run=next_seed), runner)
-        if _keys(p.spec) <= seen
-    ]  # fmt: skip
-    pool = [Candidate(spec=p.spec, flops=p.flops) for p in fresh]
-    pool += [Candidate(spec=p.spec, flops=p.flops, repeat=True) for p in again]
+        dataclasses.replace(c, repeat=True)
+        for c in candidates_of(dataclasses.replace(recipe, run=next_seed), runner)
+        if _keys(c.spec) <= seen
+    ]
+    pool = fresh + again
     return choose(
         posterior,
         pool,

@@ -27,6 +27,7 @@ from bayeslr import acquire, predict, sampling
 from bayeslr.errors import BayeslrError, SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.runs import concat, make_table, read_runs
+from bayeslr.space import Candidate
 from bayeslr.specs import RunSpec, Target, check_keys
 
 _ALWAYS = ("runs", "prior", "seed", "targets")
@@ -57,7 +58,7 @@ class Server:
             table = predict.predict(posterior, targets)
             return {"predictions": json.loads(table.to_json(orient="records")), "verdict": verdict}
         candidates = [
-            acquire.Candidate(spec=RunSpec.from_json(json.dumps(raw)), flops=float(flops))
+            Candidate(spec=RunSpec.from_json(json.dumps(raw)), flops=float(flops))
             for raw, flops in zip(request["candidates"], request["flops"], strict=True)
         ]
         plan = acquire.choose(

@@ -21,8 +21,8 @@ LRS_PER_START_CELL = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Priced:
-    """A run that could be asked for, and its FLOPs. ``repeat``: made before, with another seed."""
+class Candidate:
+    """A run that could be paid for, and its FLOPs. ``repeat``: made before, with another seed."""
 
     spec: RunSpec
     flops: float
@@ -101,7 +101,7 @@ def run_spec(
         raise SpecError(f"recipe {recipe.name}, [run]: {error}") from error
 
 
-def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> list[Priced]:
+def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> list[Candidate]:
     """Every run of the space that the trials have not measured yet, in a fixed order.
 
     Under WSD a run to one horizon measures the shorter horizons on its way, so a candidate decays
@@ -136,11 +136,11 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
                         batch_tokens=batch_tokens,
                         decay_at=decay_at if wsd else [end],
                     )
-                    priced.append(Priced(spec=spec, flops=runner.flops(spec)))
+                    priced.append(Candidate(spec=spec, flops=runner.flops(spec)))
     return priced
 
 
-def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Priced]:
+def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Candidate]:
     """Every (shape, batch, LR) that was measured, once more with the next seed, in a fixed order.
 
     A repeat goes as far as the longest run that ended well, and decays where that one did.
@@ -156,17 +156,17 @@ def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Pri
             replace(recipe, run={**recipe.run, "seed": seed + 1}), runner, shapes[line[0]],
             lr=done[line].lr, batch_tokens=done[line].batch_tokens, decay_at=done[line].decay_at,
         )  # fmt: skip
-        priced.append(Priced(spec=spec, flops=runner.flops(spec), repeat=True))
+        priced.append(Candidate(spec=spec, flops=runner.flops(spec), repeat=True))
     return priced
 
 
-def start_design(recipe: Recipe, runner: Runner) -> list[Priced]:
+def start_design(recipe: Recipe, runner: Runner) -> list[Candidate]:
     """The first runs: the cheapest cells, a few LRs spread over the whole range in each.
 
     A function of the recipe alone, so that every worker and every restart finds the same runs.
     Under WSD the cells of one shape and batch share a trunk to the longest horizon.
     """
-    cells: dict[tuple[str, int, int], list[Priced]] = {}
+    cells: dict[tuple[str, int, int], list[Candidate]] = {}
     for priced in longest(recipe, candidates(recipe, runner)):
         cells.setdefault(cell_of(priced.spec), []).append(priced)
     cheapest = sorted(cells.values(), key=lambda cell: (cell[0].flops, cell[0].spec.run_id))
@@ -174,7 +174,7 @@ def start_design(recipe: Recipe, runner: Runner) -> list[Priced]:
     shares = [recipe.start_runs // num_cells] * num_cells
     for i in range(recipe.start_runs % num_cells):
         shares[i] += 1
-    design: list[Priced] = []
+    design: list[Candidate] = []
     for number, (cell, share) in enumerate(zip(cheapest, shares, strict=False)):
         by_lr = sorted(cell, key=lambda p: p.spec.lr)
         design.extend(by_lr[i] for i in _spread(len(by_lr), share, _rng(recipe.seed, number)))
@@ -182,11 +182,11 @@ def start_design(recipe: Recipe, runner: Runner) -> list[Priced]:
 
 
 def random_design(
-    recipe: Recipe, pool: Sequence[Priced], *, num_runs: int, budget_flops: float, first: int
-) -> list[Priced]:
+    recipe: Recipe, pool: Sequence[Candidate], *, num_runs: int, budget_flops: float, first: int
+) -> list[Candidate]:
     """Runs drawn at random from those that fit the budget. first: number of the first draw."""
     left = list(pool)
-    drawn: list[Priced] = []
+    drawn: list[Candidate] = []
     for number in range(first, first + num_runs):
         left = [p for p in left if p.flops <= budget_flops]
         if not left:
@@ -198,7 +198,7 @@ def random_design(
     return drawn
 
 
-def longest(recipe: Recipe, pool: Iterable[Priced]) -> list[Priced]:
+def longest(recipe: Recipe, pool: Iterable[Candidate]) -> list[Candidate]:
     """The runs that no other one of the pool measures on its way: under WSD, the longest."""
     wsd = recipe.run.get("schedule", "wsd") == "wsd"
     end = max(recipe.space.tokens)

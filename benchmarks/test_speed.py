@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bayeslr.acquire import Candidate, choose
+from bayeslr.acquire import choose
 from bayeslr.calibration import effective_draws
 from bayeslr.features import build_design
 from bayeslr.models import valley
@@ -22,6 +22,7 @@ from bayeslr.predict import predict
 from bayeslr.priors import Prior, load_prior
 from bayeslr.runs import RunTable
 from bayeslr.sampling import configure_jax, fit
+from bayeslr.space import Candidate
 from bayeslr.specs import RunSpec, Target
 
 # Parameters whose slowest one stands for a sampler.

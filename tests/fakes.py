@@ -40,13 +40,6 @@ class FakePosterior:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    spec: Any
-    flops: float
-    repeat: bool = False
-
-
-@dataclass(frozen=True)
 class Proposal:
     spec: Any
     flops: float
@@ -80,7 +73,7 @@ def predict(posterior: FakePosterior, targets: Sequence[Any]) -> pd.DataFrame:
 
 def choose(
     posterior: FakePosterior,
-    candidates: Sequence[Candidate],
+    candidates: Sequence[Any],
     targets: Sequence[Any],
     *,
     num_runs: int,
@@ -91,7 +84,7 @@ def choose(
 ) -> Plan:
     """Nearest to the best LR first: depends on every loss so far, so a resumed sweep must agree."""
 
-    def rank(c: Candidate) -> tuple[float, str]:
+    def rank(c: Any) -> tuple[float, str]:
         return abs(math.log(c.spec.lr / posterior.best_lr)), c.spec.run_id
 
     chosen: list[Proposal] = []
@@ -125,7 +118,7 @@ def modules() -> dict[str, types.ModuleType]:
     contents: dict[str, dict[str, Any]] = {
         "bayeslr.sampling": {"fit": fit},
         "bayeslr.predict": {"predict": predict},
-        "bayeslr.acquire": {"choose": choose, "Candidate": Candidate},
+        "bayeslr.acquire": {"choose": choose},
         "bayeslr.posterior": {"Posterior": FakePosterior},
         "bayeslr.report": {"report": report},
         "bayeslr.verdicts": {"with_verdicts": with_verdicts, "verdict_lines": verdict_lines},

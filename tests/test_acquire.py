@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from bayeslr import acquire
-from bayeslr.acquire import Candidate, Proposal, _Beliefs, choose, plan, propose
+from bayeslr.acquire import Proposal, _Beliefs, choose, plan, propose
 from bayeslr.errors import SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
+from bayeslr.space import Candidate
 from bayeslr.specs import RunSpec, Target, parse_recipe
 from tests.fakes import toy_recipe
 from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target, true_log_lr

@@ -14,7 +14,7 @@ from bayeslr.loop.worker import Due, Progress, Stop, due_entry, due_runs
 from bayeslr.runner_protocol import Runner, Study, Trial
 from bayeslr.runs import RunTable, make_table
 from bayeslr.space import (
-    Priced,
+    Candidate,
     candidates,
     cell_of,
     line_of,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 FAILED_STATES = ("failed", "lost")
 
 
-def first_runs(recipe: Recipe, runner: Runner) -> list[Priced]:
+def first_runs(recipe: Recipe, runner: Runner) -> list[Candidate]:
     """The runs that a sweep begins with. The classical design starts by itself."""
     if recipe.strategy == "classical":
         return design_step(recipe, runner, (), recipe.budget_flops)
@@ -45,7 +45,7 @@ def first_runs(recipe: Recipe, runner: Runner) -> list[Priced]:
 
 def design_step(
     recipe: Recipe, runner: Runner, trials: Sequence[Trial], left_flops: float
-) -> list[Priced]:
+) -> list[Candidate]:
     """Next step of the recipe's design, given the runs so far; empty where it has ended.
 
     Under WSD the runs are those to the longest horizon, which measure the shorter ones.
@@ -130,13 +130,13 @@ class Planner:
         self,
         recipe: Recipe,
         trials: Sequence[Trial],
-        pool: Sequence[Priced],
+        pool: Sequence[Candidate],
         num_runs: int,
         budget_flops: float,
         batch: int,
     ) -> list[Due] | Stop:
         # JAX takes a second to load: a worker that never plans never pays it.
-        from bayeslr.acquire import Candidate, choose
+        from bayeslr.acquire import choose
 
         targets = targets_of(recipe, self._runner)
         posterior, predictions = _steering_fit(table_of(trials, recipe), recipe, targets)
@@ -147,7 +147,7 @@ class Planner:
         self._progress(prediction_line(predictions.to_dict("records")[0], len(trials)))
         plan = choose(
             posterior,
-            [Candidate(spec=p.spec, flops=p.flops, repeat=p.repeat) for p in pool],
+            pool,
             targets,
             num_runs=num_runs,
             budget_flops=budget_flops,
@@ -244,5 +244,5 @@ def failures_of(trials: Sequence[Trial]) -> Stop | None:
     )
 
 
-def _due(priced: Sequence[Priced], why: str) -> list[Due]:
+def _due(priced: Sequence[Candidate], why: str) -> list[Due]:
     return [Due(spec=p.spec, flops=p.flops, reason=why) for p in priced]

@@ -11,6 +11,7 @@ from bayeslr import acquire, designs, predict, sampling
 from bayeslr.errors import DataError
 from bayeslr.recorded import QUANTILE_LEVELS, START_LRS, Campaign, copied
 from bayeslr.replay.laplace import normal_posterior
+from bayeslr.space import Candidate
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -56,7 +57,7 @@ def bayeslr(campaign: Campaign) -> pd.DataFrame:
         share = max(campaign.left_flops / number, START_LRS * float(pool.flops.min()))
         plan = acquire.choose(
             posterior,
-            [acquire.Candidate(spec=pool.specs[i], flops=float(pool.flops[i])) for i in candidates],
+            [Candidate(spec=pool.specs[i], flops=float(pool.flops[i])) for i in candidates],
             campaign.targets,
             num_runs=len(candidates),
             budget_flops=min(share, campaign.left_flops),
