@@ -108,6 +108,10 @@ class Design:
             "log_batch": self.log_batch,
         }
 
+    def centre(self) -> dict[str, float]:
+        """Where the model centres the regressors: their means over slices."""
+        return {name: float(np.mean(values)) for name, values in self.slice_features().items()}
+
     def family_centres(self, slices: IntArray | None = None) -> dict[str, FloatArray]:
         """Means of the regressors over each family's slices, each (family,).
 

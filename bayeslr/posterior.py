@@ -128,8 +128,7 @@ def make_posterior(
         diagnostics |= diagnose(dataset)
     trustworthy, verdict = _verdict(diagnostics, gate) if sampled else (True, _NOT_SAMPLED[method])
     if design is not None:
-        features = design.slice_features()
-        centre = {name: float(np.mean(features[name])) for name in REGRESSORS}
+        centre, features = design.centre(), design.slice_features()
         low = {name: float(np.min(features[name])) for name in REGRESSORS}
         high = {name: float(np.max(features[name])) for name in REGRESSORS}
     else:

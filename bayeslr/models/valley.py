@@ -61,18 +61,12 @@ _LOSS_LAW = ("loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exp
 _NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
 
 
-def centre(design: Design) -> dict[str, float]:
-    """Where the regressors are centred: their means over slices, natural logs."""
-    features = design.slice_features()
-    return {name: float(np.mean(features[name])) for name in REGRESSORS}
-
-
 def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays:
     """Arrays that `build` reads, padded to ``sizes`` (run, slice, cell, shape, family).
 
     Padded entries carry zero weight; their effects follow the prior and touch nothing.
     """
-    mid = centre(design)
+    mid = design.centre()
     own = design.family_centres()
     shape_of_cell = design.shape_of_cell
     family_of_cell = design.family_of_shape[shape_of_cell]
