@@ -11,7 +11,7 @@ import numpy as np
 
 from bayeslr.posterior import Posterior
 from bayeslr.predict import QUANTILE_COLUMNS, predict, slice_target
-from bayeslr.runs import RunTable, horizon
+from bayeslr.runs import RunTable, horizon, last_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -57,16 +57,16 @@ class Holdout:
 def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
     """Refit without the largest cells and predict them; None where too little would be left.
 
-    Left out are, in every family of at least three cells, the cell of the largest compute,
-    6 N_active D, with all cells within a factor of 1.5 of it. Slices are scored whose optimum the
-    full fit places to 0.25 in ln LR.
+    Left out are, in every family of at least three cells of ended runs, the cell of the largest
+    compute, 6 N_active D, with all cells within a factor of 1.5 of it. Failed and lost runs have no
+    part in it. Slices are scored whose optimum the full fit places to 0.25 in ln LR.
     """
     from bayeslr.sampling import fit  # PyMC is slow to load, and reading a check needs none.
 
     runs, design = posterior.runs, posterior.design
     if runs is None or design is None or posterior.info["method"] != "bayes":
         return None
-    frame = runs.frame
+    frame = _used(runs.frame)
     limits = _limits(frame)
     compute = _compute(frame)
     large = compute > frame["family"].map(limits).to_numpy(dtype=float)
@@ -95,8 +95,9 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
     q05, q25, q50, q75, q95 = (np.log(table[name].to_numpy()) for name in QUANTILE_COLUMNS)
     optimum = np.array(truth)
     inside = (q05 <= optimum) & (optimum <= q95)
+    ended = _ended(frame)
     reach = min(
-        float(compute[large & own_rows].max() / compute[~large & own_rows].max())
+        float(compute[large & ended & own_rows].max() / compute[~large & own_rows].max())
         for family in set(frame.loc[large, "family"])
         for own_rows in [(frame["family"] == family).to_numpy()]
     )
@@ -119,20 +120,38 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
     )
 
 
+def _used(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows that `features.build_design` fits.
+
+    Taken before the largest are left out: a run's checkpoints must not come back for its lost end.
+    """
+    finite = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
+    has_loss = frame["status"].isin(["ok", "partial", "pruned"]).to_numpy() & finite
+    usable = frame[has_loss | (frame["status"] == "diverged").to_numpy()]
+    return usable[last_word(usable)]
+
+
+def _ended(frame: pd.DataFrame) -> Any:
+    """Whether each run (row,) is over: what is still going shows no optimum yet."""
+    return frame["status"].isin(["ok", "diverged"]).to_numpy()
+
+
 def _compute(frame: pd.DataFrame) -> Any:
     """FLOPs (row,) that each run was meant to take."""
     return 6.0 * frame["n_active"].to_numpy(dtype=float) * horizon(frame).to_numpy(dtype=float)
 
 
+def _num_cells(frame: pd.DataFrame) -> int:
+    return frame.groupby(["family", "n_active", "n_total", horizon(frame)]).ngroups
+
+
 def _limits(frame: pd.DataFrame) -> dict[str, float]:
     """FLOPs beyond which a family's cells are left out; infinite for one of few cells."""
-    limits = {}
-    for family, rows in frame.groupby("family"):
-        usable = rows[rows["status"].isin(["ok", "diverged"])]
-        cells = usable.groupby(["n_active", "n_total", "tokens"]).ngroups
-        limits[str(family)] = (
-            float(_compute(rows).max()) / _LARGEST if cells >= _MIN_CELLS else math.inf
-        )
+    ended = frame[_ended(frame)]
+    limits = dict.fromkeys(frame["family"].astype(str), math.inf)
+    for family, rows in ended.groupby("family"):
+        if _num_cells(rows) >= _MIN_CELLS:
+            limits[str(family)] = float(_compute(rows).max()) / _LARGEST
     return limits
 
 
@@ -156,10 +175,8 @@ def _as_few(inside: int, count: int) -> float:
 
 
 def _enough(frame: pd.DataFrame, large: Any) -> bool:
-    rest = frame[~large]
-    usable = rest[rest["status"].isin(["ok", "diverged"])]
-    cells = usable.groupby(["family", "n_active", "n_total", "tokens"]).ngroups
-    if not large.any() or len(usable) < _MIN_RUNS or cells < _MIN_CELLS:
+    """Whether a fit is left, and a finished run of every family that loses some."""
+    ended = frame[~large & _ended(frame)]
+    if not large.any() or len(ended) < _MIN_RUNS or _num_cells(ended) < _MIN_CELLS:
         return False
-    finished = usable[usable["status"] == "ok"]
-    return set(finished["family"]) == set(frame["family"])
+    return set(frame.loc[large, "family"]) <= set(ended.loc[ended["status"] == "ok", "family"])

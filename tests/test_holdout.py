@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import math
 from typing import Any
@@ -10,13 +11,14 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bayeslr.holdout import _as_few, _enough, _limits, _verdict, leave_largest_out
+from bayeslr.features import build_design
+from bayeslr.holdout import _as_few, _enough, _limits, _used, _verdict, leave_largest_out
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
 from bayeslr.priors import Prior
-from bayeslr.runs import RunTable
+from bayeslr.runs import RunTable, make_table
 from bayeslr.verdicts import NO_HOLDOUT, verdict_lines, warnings_of, with_verdicts
-from tests.model_fixtures import made_up_runs
+from tests.model_fixtures import made_up_runs, run_record
 
 
 def test_the_largest_cells_of_each_family_are_left_out(table: RunTable) -> None:
@@ -41,6 +43,68 @@ def test_too_few_runs_cannot_be_held_out(
     few = frame.groupby(["n_active", "tokens"]).head(3)
     assert not _enough(few, largest.loc[few.index].to_numpy())
     assert leave_largest_out(prior_posterior(card, num_draws=50)) is None
+
+
+def test_a_family_that_loses_nothing_needs_no_finished_run(table: RunTable) -> None:
+    lone = table.frame[table.frame["status"] == "diverged"].head(1).assign(family="lone")
+    frame = pd.concat([table.frame, lone], ignore_index=True)
+    large = (frame["n_active"] == 1.2e8) & (frame["tokens"] == 8e9) & (frame["family"] != "lone")
+    assert _enough(frame, large.to_numpy())
+    # One that loses all that it had finished cannot be predicted.
+    lone = table.frame[table.frame["n_active"] == 1.2e8].assign(family="lone")
+    frame = pd.concat([table.frame, lone], ignore_index=True)
+    assert not _enough(frame, (frame["n_active"] == 1.2e8).to_numpy())
+
+
+def far_above(table: RunTable, **how: Any) -> RunTable:
+    """The table with one more run, a hundred times the largest."""
+    record = run_record("far", 1.2e9, 8e10, 524_288.0, 3e-4, None) | how
+    return make_table([*table.frame.to_dict("records"), record])
+
+
+ABOVE = (
+    {"status": "failed"}, {"status": "lost", "tokens": None}, {"status": "pruned"},
+    {"status": "partial", "loss": 2.5},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ABOVE, ids=[str(how["status"]) for how in ABOVE])
+def test_a_run_that_shows_no_optimum_sets_no_limit(table: RunTable, how: dict[str, Any]) -> None:
+    runs = far_above(table, **how)
+    assert len(runs) == len(table) + 1
+    used = _used(runs.frame)
+    assert len(used) == build_design(runs).num_runs
+    assert _limits(used) == _limits(table.frame)
+
+
+def test_a_run_counts_at_the_tokens_that_it_was_meant_to_reach() -> None:
+    """Six that diverged, each elsewhere, are of the two cells that the others are of."""
+    rows = [
+        run_record(f"r{n:g}-{i}", n, 8e9, 131_072.0, 1e-3 * 2**i, 3.0)
+        for n in (3e7, 1.2e8) for i in range(5)
+    ] + [
+        run_record(f"d{n:g}-{i}", n, 1e9 * i, 131_072.0, 1e-1, None, planned_tokens=8e9)
+        for n in (3e7, 1.2e8) for i in (1, 2, 3)
+    ]  # fmt: skip
+    frame = make_table(rows).frame
+    assert math.isinf(_limits(frame)["made-up"])
+    assert not _enough(frame, (frame["run_id"] == "r3e+07-0").to_numpy())
+
+
+def test_what_is_used_is_what_a_fit_uses() -> None:
+    """Checkpoints of a run that ended, of one that failed, and of one that goes on."""
+    rows = [
+        run_record(f"{name}", 3e7, d, 131_072.0, 1e-3, loss, status=status)
+        for name, d, loss, status in (
+            ("ended", 2e9, 3.2, "partial"), ("ended", 4e9, 3.0, "ok"),
+            ("broke", 2e9, 3.2, "partial"), ("broke", 3e9, None, "failed"),
+            ("goes on", 2e9, 3.2, "partial"), ("goes on", 3e9, 3.1, "partial"),
+            ("pruned", 2e9, None, "pruned"), ("hot", 2e9, None, "diverged"),
+        )
+    ]  # fmt: skip
+    runs = make_table(rows)
+    assert len(runs) == len(rows)
+    assert len(_used(runs.frame)) == build_design(runs).num_runs
 
 
 @pytest.fixture
@@ -72,6 +136,29 @@ def test_the_check_refits_without_them_and_says_it_plainly(
     assert found.verdict == "held"
     assert "2 of 2 lie inside the 90 % intervals." in found.sentence
     assert "4.0 times the compute of the rest" in found.sentence
+
+
+@pytest.mark.parametrize("how", ABOVE, ids=[str(how["status"]) for how in ABOVE])
+def test_a_run_that_shows_no_optimum_changes_nothing(
+    table: RunTable, posterior: Posterior, kept: list[RunTable], how: dict[str, Any]
+) -> None:
+    found = leave_largest_out(dataclasses.replace(posterior, runs=far_above(table, **how)))
+    assert found is not None
+    assert (found.slices, found.reach) == (2, pytest.approx(4.0))
+    (rest,) = kept
+    assert len(rest) == 30
+
+
+def test_checkpoints_of_what_is_left_out_stay_out(
+    table: RunTable, posterior: Posterior, kept: list[RunTable]
+) -> None:
+    end = table.frame[(table.frame["n_active"] == 1.2e8) & (table.frame["tokens"] == 8e9)].iloc[0]
+    early = {**end.to_dict(), "tokens": 2e9, "status": "partial", "loss": 3.5, "flops": None}
+    runs = make_table([*table.frame.to_dict("records"), early])
+    assert len(runs) == len(table) + 1
+    assert leave_largest_out(dataclasses.replace(posterior, runs=runs)) is not None
+    (rest,) = kept
+    assert end["run_id"] not in set(rest.frame["run_id"])
 
 
 def test_few_hits_are_called_few() -> None:
