@@ -177,18 +177,20 @@ def _split(posterior: Posterior) -> tuple[dict[int, Target], RunTable | None]:
     runs, design = posterior.runs, posterior.design
     if runs is None or design is None or design.num_shapes < 2:
         return {}, None
-    frame = runs.frame
-    limit = _LARGE * float(frame["n_active"].max())
-    rest = frame[frame["n_active"] <= limit]
-    if not (rest["status"] == "ok").any() or set(rest["family"]) != set(frame["family"]):
+    # Of the design, not of the table: a failed run has no optimum, however large it was to be.
+    log_n_active = design.slice_features()["log_n_active"]
+    ended = design.annealed[design.cell_of_slice]
+    if not ended.any():
         return {}, None
-    x = design.slice_features()
+    limit = float(log_n_active[ended].max()) + math.log(_LARGE)
     held_out = {
         int(s): slice_target(posterior, int(s))
-        for s in np.flatnonzero(x["log_n_active"] > math.log(limit))
-        if design.annealed[design.cell_of_slice[s]]
+        for s in np.flatnonzero(ended & (log_n_active > limit))
     }
-    if not held_out:
+    frame = runs.frame
+    rest = frame[np.log(frame["n_active"].to_numpy(dtype=float)) <= limit]
+    finished = set(rest.loc[rest["status"] == "ok", "family"])
+    if not {target.family for target in held_out.values()} <= finished:
         return {}, None
     kept = RunTable(
         frame=rest.reset_index(drop=True), quarantine=runs.quarantine.iloc[:0], warnings=(),

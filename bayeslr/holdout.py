@@ -127,8 +127,8 @@ def _used(frame: pd.DataFrame) -> pd.DataFrame:
     """
     finite = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
     has_loss = frame["status"].isin(["ok", "partial", "pruned"]).to_numpy() & finite
-    usable = frame[has_loss | (frame["status"] == "diverged").to_numpy()]
-    return usable[last_word(usable)]
+    usable: pd.DataFrame = frame[has_loss | (frame["status"] == "diverged").to_numpy()]
+    return usable.loc[last_word(usable)]
 
 
 def _ended(frame: pd.DataFrame) -> Any:

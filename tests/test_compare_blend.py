@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bayeslr.blend import _mixture, blend, log_score, weights_of
+from bayeslr.blend import _mixture, _split, blend, log_score, weights_of
 from bayeslr.errors import DataError
+from bayeslr.features import build_design
+from bayeslr.posterior import Posterior
 from bayeslr.predict import TargetDraws
 from bayeslr.priors import load_prior
 from bayeslr.runs import RunTable, make_table
 from bayeslr.specs import Target
+from tests.model_fixtures import run_record
 
 
 def test_a_score_is_the_log_density_of_what_came() -> None:
@@ -41,6 +45,34 @@ def test_weights_follow_the_scores() -> None:
     assert weights["b"] == pytest.approx(0.25)
     assert sum(weights.values()) == pytest.approx(1)
     assert weights["c"] == 0
+
+
+def of_runs(posterior: Posterior, *more: dict[str, Any]) -> Posterior:
+    """The made-up runs' fit as if it had been of further runs too."""
+    assert posterior.runs is not None
+    runs = make_table([*posterior.runs.frame.to_dict("records"), *more])
+    return dataclasses.replace(posterior, runs=runs, design=build_design(runs))
+
+
+@pytest.mark.parametrize(
+    "how", [{"status": "failed"}, {"status": "partial", "loss": 2.5}], ids=["failed", "partial"]
+)
+def test_the_largest_shape_is_one_that_shows_its_optimum(
+    posterior: Posterior, how: dict[str, Any]
+) -> None:
+    far = run_record("far", 3e9, 8e9, 524_288.0, 3e-4, None) | how
+    held_out, rest = _split(of_runs(posterior, far))
+    assert {round(target.n_active) for target in held_out.values()} == {120_000_000}
+    assert len(held_out) == 4
+    assert rest is not None
+    assert set(rest.frame["n_active"]) == {3e7}
+
+
+def test_only_families_that_are_held_out_need_runs_that_are_left(posterior: Posterior) -> None:
+    lone = run_record("lone", 3e7, 2e9, 131_072.0, 1e-1, None, family="lone")
+    assert _split(of_runs(posterior, lone))[1] is not None
+    large = {**lone, "n_active": 1.2e8, "n_total": 9.6e8}
+    assert _split(of_runs(posterior, large)) == ({}, None)
 
 
 def draws(level: float, num: int = 2000) -> TargetDraws:
