@@ -52,6 +52,7 @@ class Blend:
     weights: by card, adding up to 1. scores: by card, mean log density of the held-out optima of a
     shape, added over shapes, in nats; empty where no shape could be held out, and then the weights
     are equal. predictions, alone: tables as those of `predict`, without what needs one fit.
+    doubted: cards whose fit without the held-out shape, which the scores are of, did not converge.
     """
 
     weights: Mapping[str, float]
@@ -60,6 +61,7 @@ class Blend:
     posteriors: Mapping[str, Posterior]
     alone: Mapping[str, pd.DataFrame]
     predictions: pd.DataFrame
+    doubted: tuple[str, ...] = ()
 
     @property
     def sentence(self) -> str:
@@ -68,7 +70,10 @@ class Blend:
         if not self.scores:
             return f"No larger shape could be held out, so each card counts alike ({shares})."
         optima = "optimum" if self.num_held_out == 1 else f"{self.num_held_out} optima"
-        return f"Weighed by the {optima} of the largest shape, held out: {shares}."
+        said = f"Weighed by the {optima} of the largest shape, held out: {shares}"
+        if self.doubted:
+            said += f" (without it the fit under {' and '.join(self.doubted)} did not converge)"
+        return f"{said}."
 
 
 def blend(
@@ -87,9 +92,11 @@ def blend(
     posteriors = {card: fit(runs, card, seed=seed) for card in cards}
     held_out, rest = _split(posteriors[cards[0]])
     scores: dict[str, float] = {}
+    doubted: tuple[str, ...] = ()
     if rest is not None:
         optimum = np.concatenate([p.flat("lr_opt") for p in posteriors.values()])
         refits = {card: fit(rest, card, seed=seed, fast=True) for card in cards}
+        doubted = tuple(card for card, refit in refits.items() if not refit.trustworthy)
         shapes = _shapes_of(posteriors[cards[0]], held_out)
         for card, refit in refits.items():
             predicted = target_draws(refit, list(held_out.values())).log_lr
@@ -107,6 +114,7 @@ def blend(
         posteriors=posteriors,
         alone={card: predict(p, targets) for card, p in posteriors.items()},
         predictions=blended(posteriors, weights, targets),
+        doubted=doubted,
     )
 
 

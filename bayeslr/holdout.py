@@ -91,7 +91,8 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
         truth.append(float(np.median(own[:, s])))
     if not targets:
         return None
-    table = predict(fit(rest, posterior.prior, seed=seed, fast=True), targets)
+    refit = fit(rest, posterior.prior, seed=seed, fast=True)
+    table = predict(refit, targets)
     q05, q25, q50, q75, q95 = (np.log(table[name].to_numpy()) for name in QUANTILE_COLUMNS)
     optimum = np.array(truth)
     inside = (q05 <= optimum) & (optimum <= q95)
@@ -115,7 +116,7 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
             f"Fitted without its largest cells ({reach:.1f} times the compute of the rest), this "
             f"fit predicted their optima within {error:.2f} octaves (root mean square); "
             f"{inside.sum()} of {len(targets)} {'lies' if len(targets) == 1 else 'lie'} inside "
-            f"the 90 % intervals{_SAID[verdict]}."
+            f"the 90 % intervals{_SAID[verdict]}{'' if refit.trustworthy else _DOUBTED}."
         ),
     )
 
@@ -160,6 +161,10 @@ _SAID = {
     "partly": ", fewer than they should hold",
     "missed": ", too few: take this fit's intervals as too narrow",
 }
+
+
+# Said of a refit that failed the convergence gate: its verdict may be the sampler's.
+_DOUBTED = " (the fit without them did not converge)"
 
 
 def _verdict(inside: int, count: int) -> str:

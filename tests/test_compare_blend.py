@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from bayeslr import blend as blend_module
 from bayeslr.blend import _mixture, _split, blend, log_score, weights_of
 from bayeslr.errors import DataError
 from bayeslr.features import build_design
@@ -17,7 +18,7 @@ from bayeslr.predict import TargetDraws
 from bayeslr.priors import load_prior
 from bayeslr.runs import RunTable, make_table
 from bayeslr.specs import Target
-from tests.model_fixtures import run_record
+from tests.model_fixtures import run_record, target
 
 
 def test_a_score_is_the_log_density_of_what_came() -> None:
@@ -73,6 +74,26 @@ def test_only_families_that_are_held_out_need_runs_that_are_left(posterior: Post
     assert _split(of_runs(posterior, lone))[1] is not None
     large = {**lone, "n_active": 1.2e8, "n_total": 9.6e8}
     assert _split(of_runs(posterior, large)) == ({}, None)
+
+
+def test_a_refit_that_did_not_converge_is_told_of(
+    posterior: Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only what the scores are of counts: the fits of all runs tell of themselves."""
+
+    def stand_in(_: RunTable, card: str, *, fast: bool = False, **__: Any) -> Posterior:
+        trustworthy = fast and card == "moe-default"
+        return dataclasses.replace(posterior, info={**posterior.info, "trustworthy": trustworthy})
+
+    monkeypatch.setattr(blend_module, "fit", stand_in)
+    assert posterior.runs is not None
+    found = blend(posterior.runs, [target()])
+    assert found.doubted == ("transfer",)
+    assert "50 % moe-default (without it the fit under transfer did not converge)." in (
+        found.sentence
+    )
+    right = dataclasses.replace(found, doubted=())
+    assert "converge" not in right.sentence
 
 
 def draws(level: float, num: int = 2000) -> TargetDraws:

@@ -149,6 +149,23 @@ def test_a_run_that_shows_no_optimum_changes_nothing(
     assert len(rest) == 30
 
 
+def test_a_refit_that_did_not_converge_is_told_of(
+    posterior: Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for trustworthy in (True, False):
+        refit = dataclasses.replace(posterior, info={**posterior.info, "trustworthy": trustworthy})
+        sampling = importlib.import_module("bayeslr.sampling")
+        monkeypatch.setattr(sampling, "fit", lambda *_, refit=refit, **__: refit)
+        found[trustworthy] = leave_largest_out(posterior)
+    right, doubted = found[True], found[False]
+    assert right is not None
+    assert doubted is not None
+    assert "converge" not in right.sentence
+    assert "intervals (the fit without them did not converge)." in doubted.sentence
+    assert dataclasses.replace(doubted, sentence=right.sentence) == right
+
+
 def test_checkpoints_of_what_is_left_out_stay_out(
     table: RunTable, posterior: Posterior, kept: list[RunTable]
 ) -> None:
