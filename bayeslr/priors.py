@@ -136,7 +136,7 @@ PARAMETERS: dict[str, str] = {
     "edge_family_sd": "recipe-to-recipe sd of the log distance of the edge",
     "edge_batch": "share of the batch effect on LR* that moves the edge too",
     "edge_width": "width of the divergence edge",
-    "diverged_loss": "loss above the floor charged for a run that diverges",
+    "diverged_loss": "most that a run is charged for its LR, and for training it again if diverged",
     "loss_irreducible": "loss that neither parameters nor tokens remove",
     "loss_n_active": "loss that more parameters would remove, at the centre of the data",
     "loss_tokens": "loss that more tokens would remove, at the centre of the data",
@@ -156,6 +156,15 @@ PARAMETERS: dict[str, str] = {
     "noise_side": "log of the noise far above LR* over that near it",
     "noise_dof": "degrees of freedom of the noise, above one",
 }
+
+# Priors that are normal: of intercepts in logs, exponents and shares, which may have either sign.
+# All others are lognormal: the model samples their logs, and takes them for sds and sizes.
+NORMAL = (
+    "lr_intercept", "lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above",
+    "lr_unannealed", "best_batch_intercept", "best_batch_n_active", "best_batch_tokens",
+    "curvature_n_active", "curvature_tokens", "curvature_batch", "edge_batch", "penalty_tokens",
+    "noise_batch", "noise_tokens", "noise_side",
+)  # fmt: skip
 
 # Exponents that differ between families by ``lr_slope_family_sd``.
 SLOPES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above")
@@ -273,10 +282,14 @@ def _distribution(name: str, entry: Any, where: str) -> Distribution:
         raise SpecError(f"{where}: the model has no such parameter")
     if not isinstance(entry, Mapping):
         raise SpecError(f"{where} must be a table with a distribution, got {entry!r}")
-    kind = entry.get("distribution")
-    if kind not in _SHAPE_KEYS:
-        raise SpecError(f"{where}: distribution must be normal or lognormal, got {kind!r}")
+    kind = "normal" if name in NORMAL else "lognormal"
     keys = _SHAPE_KEYS[kind]
+    if entry.get("distribution") != kind:
+        sign = "may have either sign" if kind == "normal" else "is positive and used in logs"
+        raise SpecError(
+            f"{where}: distribution must be {kind}, got {entry.get('distribution')!r}; "
+            f"it {sign}: give {keys[0]} and {keys[1]}"
+        )
     if unknown := sorted(set(entry) - {"distribution", *keys, *_TEXT_KEYS}):
         raise SpecError(f"{where}: unknown key {unknown[0]!r}; a {kind} takes {keys[0]}, {keys[1]}")
     for key in (*keys, "unit", "source"):

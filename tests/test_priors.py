@@ -11,7 +11,8 @@ import pytest
 
 from bayeslr.errors import SpecError
 from bayeslr.predict import predict, prior_posterior
-from bayeslr.priors import PARAMETERS, Prior, list_priors, load_prior
+from bayeslr.priors import NORMAL, PARAMETERS, Prior, list_priors, load_prior
+from bayeslr.sampling import SCALES
 from bayeslr.specs import Target
 
 CARDS = (
@@ -114,13 +115,14 @@ def test_a_missing_card_lists_the_cards() -> None:
         ("extends = 'moe-default'" + ENTRY.replace('unit = "1 (exponent)"', ""),
          r"unit is missing"),
         ("extends = 'moe-default'" + ENTRY.replace("normal", "cauchy"),
-         r"distribution must be normal or lognormal, got 'cauchy'"),
+         r"distribution must be normal, got 'cauchy'"),
         ("extends = 'moe-default'" + ENTRY.replace("sd = 0.15", "sd = 0"), r"sd must be > 0"),
         ("extends = 'moe-default'" + ENTRY.replace("sd = 0.15", "sd = -1"), r"sd must be > 0"),
         ("extends = 'moe-default'" + ENTRY.replace("mean = 0.1", "mean = nan"), r"both finite"),
         ("extends = 'moe-default'"
          + ENTRY.replace("normal", "lognormal").replace("mean = 0.1", "median = -0.1")
-         .replace("sd =", "log_sd ="), r"median of a lognormal must be > 0, got -0.1"),
+         .replace("sd =", "log_sd =").replace("lr_tokens", "skew"),
+         r"median of a lognormal must be > 0, got -0.1"),
         ("extends = 'moe-default'\n[reference]\ntokens = -5\n", r"\[reference\]: tokens must be"),
         ("extends = 'moe-default'\n[reference]\ntokens = 'many'\n", r"tokens must be a number"),
         ("extends = 'moe-default'\nparameters = 3\n", r"parameters must be a table, got 3"),
@@ -131,6 +133,42 @@ def test_a_missing_card_lists_the_cards() -> None:
 def test_a_broken_card_is_told_what_and_where(tmp_path: Path, text: str, told: str) -> None:
     with pytest.raises(SpecError, match=told):
         load_prior(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["lr_family_sd", "loss_irreducible", "curvature_intercept"])
+def test_what_is_used_in_logs_cannot_be_normal(tmp_path: Path, name: str) -> None:
+    text = "extends = 'moe-default'" + ENTRY.replace("lr_tokens", name)
+    told = (
+        rf"'mine', parameter '{name}': distribution must be lognormal, got 'normal'; "
+        r"it is positive and used in logs: give median and log_sd"
+    )
+    with pytest.raises(SpecError, match=told):
+        load_prior(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("name", ["lr_tokens", "edge_batch", "noise_side"])
+def test_what_may_have_either_sign_cannot_be_lognormal(tmp_path: Path, name: str) -> None:
+    entry = ENTRY.replace("normal", "lognormal").replace("mean =", "median =")
+    text = "extends = 'moe-default'" + entry.replace("sd =", "log_sd =").replace("lr_tokens", name)
+    told = (
+        rf"'{name}': distribution must be normal, got 'lognormal'; "
+        r"it may have either sign: give mean and sd"
+    )
+    with pytest.raises(SpecError, match=told):
+        load_prior(write(tmp_path, text))
+
+
+def test_sds_are_lognormal_and_what_the_model_samples_in_logs_is_too() -> None:
+    assert set(NORMAL) < set(PARAMETERS)
+    assert not [name for name in NORMAL if name.endswith("_sd")]
+    assert not set(NORMAL) & set(SCALES)
+
+
+@pytest.mark.parametrize("name", list_priors())
+def test_cards_and_code_tell_one_price_of_divergence(name: str) -> None:
+    """Twice the tokens on top of the regret of the LR, each at most the card's bound."""
+    assert "trained again" in load_prior(name)["diverged_loss"].why
+    assert "training it again" in PARAMETERS["diverged_loss"]
 
 
 @pytest.mark.parametrize(
