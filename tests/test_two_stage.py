@@ -87,8 +87,27 @@ def test_a_maximum_is_no_optimum() -> None:
 
 
 def test_too_few_slices_are_refused_with_advice() -> None:
-    with pytest.raises(DataError, match=r"at least two slices with a vertex.*got 0.*both sides"):
+    with pytest.raises(DataError, match=r"at least two slices of finished runs.*got 0.*both sides"):
         fit(parabolas(shift=3.0), seed=1, num_draws=10)
+
+
+def test_unfinished_runs_show_no_final_optimum() -> None:
+    """Before the LR has decayed the best LR is another, here by a factor e in a cell of its own."""
+    rows = [
+        run_record(f"{n}-{d}-{b}-{u}", n, d, b, math.exp(law(n, d, b) + u), 3.0 + 0.03 * u**2)
+        for n in (5e7, 2e8) for d in (2e9, 8e9) for b in (1e5, 4e5) for u in STEPS
+    ]  # fmt: skip
+    early = [
+        run_record(f"early-{u}", 2e8, 5e8, 1e5, math.exp(law(2e8, 5e8, 1e5) - 1 + u),
+                   3.3 + 0.03 * u**2, status="partial")
+        for u in STEPS
+    ]  # fmt: skip
+    draws = fit(build_design(make_table([*rows, *early])), seed=1, num_draws=50)
+    np.testing.assert_allclose(draws["coefficient"].mean(axis=(0, 1)), [-0.5, 0, -0.2, 0.4],
+                               atol=1e-6)  # fmt: skip
+    only_early = make_table([{**row, "status": "partial"} for row in rows])
+    with pytest.raises(DataError, match=r"slices of finished runs.*got 0"):
+        fit(build_design(only_early), seed=1, num_draws=10)
 
 
 def test_draws_repeat_with_their_seed() -> None:

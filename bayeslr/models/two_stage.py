@@ -1,9 +1,10 @@
 """The classical Fitting paradigm: a parabola a slice, then a power law by least squares.
 
 The baseline that every claim is measured against. Stage one takes the vertex of a parabola in ln LR
-through the runs around a slice's best; stage two regresses the vertices on ln n_active, ln tokens
-and ln batch by ordinary least squares, with the covariance that goes with it. Diverged runs are
-dropped, and slices whose vertex lies outside the runs around it are left out, as is the custom.
+through the runs around a slice's best; stage two regresses the vertices on ln n_active, ln
+sparsity, ln tokens and ln batch by ordinary least squares, with the covariance that goes with it.
+Diverged runs are dropped, and slices whose vertex lies outside the runs around it are left out, as
+is the custom; so are unfinished runs, whose best LR is not that of the run at its end.
 """
 
 from __future__ import annotations
@@ -66,14 +67,14 @@ def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
     Returns: ``intercept``, ``residual_sd``, ``curvature``, ``r_squared``, each (1, draw), and
     ``coefficient`` (1, draw, regressor), about the centre of the data. A regressor that does not
     vary by itself has coefficient zero.
-    Raises: DataError if fewer than two slices have a vertex.
+    Raises: DataError if fewer than two slices of finished runs have a vertex.
     """
     vertex, curvature, _ = vertices(design)
-    good = np.isfinite(vertex)
+    good = np.isfinite(vertex) & design.annealed[design.cell_of_slice]
     if good.sum() < 2:
         raise DataError(
-            f"two-stage needs at least two slices with a vertex inside their runs, got {good.sum()}"
-            "; add runs on both sides of each optimum, or fit with --method bayes"
+            "two-stage needs at least two slices of finished runs with a vertex inside them, got "
+            f"{good.sum()}; add runs on both sides of each optimum, or fit with --method bayes"
         )
     features = design.slice_features()
     x = np.column_stack([features[name] - features[name].mean() for name in REGRESSORS])[good]
