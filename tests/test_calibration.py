@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
 from html.parser import HTMLParser
 from typing import Any
 
@@ -18,7 +20,8 @@ from bayeslr.calibration import (
     random_layout,
     rank_share,
 )
-from bayeslr.errors import SpecError
+from bayeslr.errors import DataError, SpecError
+from bayeslr.models.simulate import PlannedSlice, simulate
 from bayeslr.models.valley import sizes_of
 from bayeslr.priors import Prior
 
@@ -117,6 +120,19 @@ def test_tables_hold_what_the_card_allows_and_repeat_with_their_seed(card: Prior
     assert len(first.runs.quarantine) == 0
     design = calibration.build_design(first.runs)
     assert first.truth["lr_opt"].shape == (sizes_of(design)["slice"],)
+
+
+def test_a_planned_slice_that_no_run_table_takes_is_refused(card: Prior) -> None:
+    """Set aside in silence, it would shift the truth of every slice after it."""
+    fine = PlannedSlice(
+        family="f", n_active=3e7, n_total=3e7, tokens=2e9, batch_tokens=131_072.0, num_lrs=3
+    )
+    short = dataclasses.replace(fine, n_active=6e7, n_total=6e7, tokens=1e5)
+    other = dataclasses.replace(fine, n_active=1.2e8, n_total=1.2e8)
+    told = r"1 of 3 planned slices .*tokens must not be below batch_tokens.*\(layout, line 2\)"
+    with pytest.raises(DataError, match=re.compile(told, re.DOTALL)):
+        simulate(card, [fine, short, other], np.random.default_rng(1))
+    assert len(simulate(card, [fine, other], np.random.default_rng(1)).runs) == 6
 
 
 class Checker(HTMLParser):

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayeslr import laws
+from bayeslr.errors import DataError
 from bayeslr.features import Design, build_design
 from bayeslr.priors import PER_FAMILY, SLOPES
-from bayeslr.runs import make_table
+from bayeslr.runs import first_reasons, make_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -91,7 +92,8 @@ def simulate(prior: Prior, layout: Sequence[PlannedSlice], rng: np.random.Genera
 
     targets: where the true optimum is wanted beside; each is of a family of the layout. Their
     shapes, cells and slices are drawn with those of the layout, and shared where they are the same.
-    Raises: DataError if every run diverged or none passes the run table's checks.
+    Raises: DataError if every run diverged, none passes the run table's checks, or a planned slice
+    or target breaks a rule of the run table by itself.
     """
     planned = [*layout, *(_slice_of(target, layout) for target in targets)]
     design, where = _skeleton(planned)
@@ -117,7 +119,13 @@ def _slice_of(target: Target, layout: Sequence[PlannedSlice]) -> PlannedSlice:
 def _skeleton(planned: Sequence[PlannedSlice]) -> tuple[Design, NDArray[np.int64]]:
     """Design with one run a planned slice, and the slice of each."""
     rows = [_record(s, f"{i}", lr=1e-3, loss=3.0) for i, s in enumerate(planned)]
-    design = build_design(make_table(rows, source="layout"))
+    table = make_table(rows, source="layout")
+    design = build_design(table)
+    if design.num_runs < len(planned):
+        raise DataError(
+            f"{len(planned) - design.num_runs} of {len(planned)} planned slices and targets break "
+            f"a rule of the run table; mend them:\n{first_reasons(table.quarantine)}"
+        )
     return design, design.slice_of_run
 
 
