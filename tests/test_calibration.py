@@ -122,6 +122,35 @@ def test_tables_hold_what_the_card_allows_and_repeat_with_their_seed(card: Prior
     assert first.truth["lr_opt"].shape == (sizes_of(design)["slice"],)
 
 
+@pytest.mark.parametrize(("num_runs", "told"), [(20, 17), (60, 49), (200, 90)])
+def test_tables_hold_about_as_many_runs_as_is_said(card: Prior, num_runs: int, told: int) -> None:
+    rng = np.random.default_rng(6)
+    held = [
+        sum(s.num_lrs * s.repeats for s in random_layout(card, num_runs, 1, rng))
+        for _ in range(400)
+    ]
+    assert max(held) <= 208
+    # The log of a table's runs has an sd of 0.7 at most: 4 standard errors are 0.14.
+    assert abs(np.log(held).mean() - np.log(told)) < 0.14
+    assert calibrate.__doc__ is not None
+    assert str(told) in calibrate.__doc__
+
+
+def test_every_fourth_of_many_tables_has_two_families(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def stand_in(*_: Any, num_families: int, **__: Any) -> TableResult:
+        asked.append(num_families)
+        return result_of(np.full((1, 1), 0.5)).tables[0]
+
+    monkeypatch.setattr(calibration, "one_table", stand_in)
+    calibrate("weak", num_tables=20)
+    assert asked == [1, 1, 1, 2] * 5
+    asked.clear()
+    calibrate("weak", num_tables=19)
+    assert asked == [1] * 19
+
+
 def test_a_planned_slice_that_no_run_table_takes_is_refused(card: Prior) -> None:
     """Set aside in silence, it would shift the truth of every slice after it."""
     fine = PlannedSlice(
@@ -170,6 +199,8 @@ def test_what_cannot_be_calibrated_is_refused() -> None:
         calibrate("weak", model="magic")
     with pytest.raises(SpecError, match=r"num_tables must be at least 2, got 1"):
         calibrate("weak", num_tables=1)
+    with pytest.raises(SpecError, match=r"num_runs must be at most 208, got 209; no larger table"):
+        calibrate("weak", num_runs=209)
 
 
 @pytest.mark.calibration
