@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import horizon, last_word
+from bayeslr.runs import SHAPE_KEYS, horizon, last_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 REGRESSORS = ("log_n_active", "log_sparsity", "log_tokens", "log_batch")
 
 # What separates two slices. Runs of one slice differ in LR and seed alone.
-_SHAPE_KEY = ["family", "parametrization", "n_active", "n_total", "d_model", "n_layers",
-              "n_experts", "top_k"]  # fmt: skip
+_SHAPE_KEY = list(SHAPE_KEYS)
 _CELL_KEY = [*_SHAPE_KEY, "tokens", "annealed"]
 _SLICE_KEY = [*_CELL_KEY, "batch_tokens"]
 
@@ -128,10 +127,20 @@ class Design:
 
 
 def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
-    """Group code of each row, and the first row of each group, groups in order of appearance."""
+    """Group code of each row, and the first row of each group, groups in order of their keys."""
     codes = frame.groupby(key, dropna=False, sort=True).ngroup().to_numpy().astype(np.int64)
     _, first = np.unique(codes, return_index=True)
     return codes, first.astype(np.int64)
+
+
+def _require_one_parametrization(frame: pd.DataFrame) -> None:
+    for family, rows in frame.groupby("family", sort=False):
+        if len(names := sorted(set(rows["parametrization"]))) > 1:
+            raise DataError(
+                f"family {family!r} holds runs under {' and '.join(names)}, whose optimal LRs do "
+                "not compare: give the runs of each parametrization a family of their own (column "
+                "family; an empty parametrization counts as sp)"
+            )
 
 
 def build_design(table: RunTable) -> Design:
@@ -139,15 +148,17 @@ def build_design(table: RunTable) -> Design:
 
     Failed and lost runs, and unfinished ones without a loss, say nothing and are left out. Of a
     run that has not ended the last checkpoint counts, of one that has ended none.
-    Raises: DataError if no finished or diverged run is left, or every run diverged.
+    Raises: DataError if no finished or diverged run is left, every run diverged, or one family has
+    several parametrizations.
     """
     frame = table.frame
     has_loss = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
     status = frame["status"].astype(str)
     diverged = (status == "diverged").to_numpy()
     usable = diverged | (status.isin(["ok", "partial", "pruned"]).to_numpy() & has_loss)
-    frame = frame.loc[usable].copy()
-    diverged = diverged[usable]
+    frame, diverged = frame.loc[usable], diverged[usable]
+    last = last_word(frame)
+    frame, diverged = frame.loc[last].copy(), diverged[last]
     if len(frame) == 0:
         raise DataError(
             "no run can be used: none is finished, partial or diverged; "
@@ -158,11 +169,11 @@ def build_design(table: RunTable) -> Design:
             f"all {len(frame)} runs diverged: they bound the LR from above but show no valley; "
             "add runs at lower LR"
         )
-    last = last_word(frame)
-    frame, diverged = frame.loc[last].copy(), diverged[last]
     frame["tokens"] = horizon(frame)
     frame["annealed"] = ~frame["status"].isin(["partial", "pruned"]).to_numpy()
-    for column in ("parametrization", "d_model", "n_layers", "n_experts", "top_k"):
+    frame["parametrization"] = frame["parametrization"].fillna("sp")
+    _require_one_parametrization(frame)
+    for column in ("d_model", "n_layers", "n_experts", "top_k"):
         frame[column] = frame[column].astype(object).where(frame[column].notna(), "")
 
     slice_of_run, first_run = _codes(frame, _SLICE_KEY)
@@ -171,7 +182,7 @@ def build_design(table: RunTable) -> Design:
     cells = slices.iloc[first_slice].reset_index(drop=True)
     shape_of_cell, first_cell = _codes(cells, _SHAPE_KEY)
     shapes = cells.iloc[first_cell].reset_index(drop=True)
-    family_of_shape, first_shape = _codes(shapes, ["family", "parametrization"])
+    family_of_shape, first_shape = _codes(shapes, ["family"])
     families = shapes.iloc[first_shape].reset_index(drop=True)
 
     log_n_active = np.log(shapes["n_active"].to_numpy(dtype=float))
@@ -191,5 +202,5 @@ def build_design(table: RunTable) -> Design:
         log_n_active=log_n_active,
         log_sparsity=log_n_active - np.log(shapes["n_total"].to_numpy(dtype=float)),
         families=tuple(families["family"].astype(str)),
-        parametrizations=tuple(p or "sp" for p in families["parametrization"].astype(str)),
+        parametrizations=tuple(families["parametrization"].astype(str)),
     )

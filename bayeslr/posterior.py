@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import os
 import platform
+import secrets
 import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -214,6 +215,11 @@ def reported(dataset: xr.Dataset) -> list[str]:
     ]  # fmt: skip
 
 
+def _told(values: xr.DataArray, worst: float) -> NDArray[np.float64]:
+    """A diagnostic of each entry; draws that are no numbers, or all alike, have the worst."""
+    return np.nan_to_num(np.asarray(values, dtype=np.float64), nan=worst, posinf=math.inf)
+
+
 def diagnose(dataset: xr.Dataset) -> dict[str, Any]:
     """R-hat and effective draws of the reported variables (Vehtari et al. 2021).
 
@@ -226,9 +232,9 @@ def diagnose(dataset: xr.Dataset) -> dict[str, Any]:
     bulk, tail = az.ess(chosen, method="bulk"), az.ess(chosen, method="tail")
     for name in chosen.data_vars:
         worst[str(name)] = {
-            "r_hat": float(np.nanmax(np.atleast_1d(_dataset(r_hat)[name].to_numpy()))),
-            "ess_bulk": float(np.nanmin(np.atleast_1d(_dataset(bulk)[name].to_numpy()))),
-            "ess_tail": float(np.nanmin(np.atleast_1d(_dataset(tail)[name].to_numpy()))),
+            "r_hat": float(np.max(_told(_dataset(r_hat)[name], math.inf))),
+            "ess_bulk": float(np.min(_told(_dataset(bulk)[name], 0.0))),
+            "ess_tail": float(np.min(_told(_dataset(tail)[name], 0.0))),
         }
     by_r_hat = max(worst, key=lambda name: worst[name]["r_hat"])
     by_ess = min(worst, key=lambda name: min(worst[name]["ess_bulk"], worst[name]["ess_tail"]))
@@ -315,9 +321,9 @@ def save(posterior: Posterior, path: str | Path) -> None:
         and (not path.is_dir() or any(path.iterdir()))
     ):
         raise StorageError(f"{path} exists and is no fit folder; choose another name")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    folder = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
+        folder.mkdir(parents=True)
         encoding = {str(name): {"dtype": "float32", "zlib": True, "complevel": 1}
                     for name in posterior.draws.data_vars}  # fmt: skip
         posterior.draws.assign_attrs(schema_version=SCHEMA_VERSION).to_netcdf(

@@ -438,13 +438,13 @@ def p_diverge(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
 def regret_draws(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
     """Nats above the optimum when trained at ln LR (target,), shape (draw, target).
 
-    Divergence is charged in expectation, as a run that has to be trained again: the nats that twice
-    the tokens would have bought.
+    A run that diverges has to be trained again: in expectation, the nats that twice the tokens
+    would have bought are charged on top of what the LR costs a run that ends.
     A run that ends is never charged more than the card's ``diverged_loss``.
     """
     excess = laws.valley_excess(log_lr - at.log_lr, at.curvature, at.skew)
     ended = np.minimum(excess, at.diverged_loss)
-    return np.asarray(ended + p_diverge(at, log_lr) * (at.training_again - ended))
+    return np.asarray(ended + p_diverge(at, log_lr) * at.training_again)
 
 
 def recommended_log_lr(at: TargetDraws) -> FloatArray:

@@ -57,16 +57,35 @@ def test_the_order_of_rows_does_not_matter() -> None:
     )
 
 
-def test_families_and_parametrizations_part() -> None:
+def test_families_part() -> None:
     design = design_of(
-        row("a"), row("b", family="other"), row("c", parametrization="mup"), row("d", n=2e8)
-    )
-    assert design.families == ("made-up", "made-up", "other")
-    assert design.parametrizations == ("sp", "mup", "sp")
-    assert design.num_shapes == 4
+        row("a"), row("b", family="other", parametrization="mup"), row("c", parametrization="sp"),
+        row("d", n=2e8),
+    )  # fmt: skip
+    assert design.families == ("made-up", "other")
+    assert design.parametrizations == ("sp", "mup")
+    assert design.num_shapes == 3
     np.testing.assert_array_equal(
         design.family_of_slice, design.family_of_shape[design.shape_of_slice]
     )
+
+
+def test_one_family_under_two_parametrizations_is_refused() -> None:
+    with pytest.raises(DataError, match=r"family 'made-up' holds runs under mup and sp, .* own"):
+        design_of(row("a"), row("b", parametrization="mup"))
+
+
+def test_diverged_runs_with_checkpoints_are_no_valley() -> None:
+    rows = [
+        row("a", loss=3.1, d=1e9, status="partial"), row("a", loss=None, status="diverged"),
+    ]  # fmt: skip
+    with pytest.raises(DataError, match="all 1 runs diverged"):
+        design_of(*rows)
+
+
+def test_a_stopped_run_counts_once() -> None:
+    rows = [row("a", status=status, d=1e9) for status in ("partial", "pruned")]
+    assert design_of(row("b"), *rows).num_runs == 2
 
 
 def test_a_familys_centre_is_the_mean_of_its_own_slices() -> None:

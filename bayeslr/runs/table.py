@@ -81,11 +81,11 @@ def last_word(frame: pd.DataFrame) -> NDArray[np.bool_]:
 
     Earlier checkpoints of a run share its noise, and were measured at a schedule's start.
     """
-    open_ = frame["status"].isin(["partial", "pruned"])
+    open_ = frame["status"].isin(["partial", "pruned"]).to_numpy()
     ended = set(frame.loc[~open_, "run_id"])
-    latest = frame.loc[open_].groupby("run_id")["tokens"].transform("max")
-    is_latest = frame["tokens"].eq(latest.reindex(frame.index))
-    return np.asarray(~open_ | (is_latest & ~frame["run_id"].isin(ended)), dtype=bool)
+    by_tokens = frame.loc[open_ & ~frame["run_id"].isin(ended)].sort_values("tokens", kind="stable")
+    latest = by_tokens.drop_duplicates("run_id", keep="last").index
+    return np.asarray(~open_ | frame.index.isin(latest), dtype=bool)
 
 
 def total_flops(frame: pd.DataFrame) -> float:
