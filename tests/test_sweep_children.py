@@ -51,8 +51,8 @@ def wait(child: Child, seconds: float = 20.0) -> None:
 
 
 def test_a_record_needs_only_tokens_and_loss() -> None:
-    rows, unreadable = parse_rows(SPEC, b'{"tokens": 500, "loss": 3.5}\n')
-    assert unreadable == 0
+    rows, broken = parse_rows(SPEC, b'{"tokens": 500, "loss": 3.5}\n')
+    assert not broken
     (row,) = rows
     assert (row["status"], row["loss"], row["planned_tokens"]) == ("ok", 3.5, 500)
     assert (row["run_id"], row["lr"], row["d_model"], row["family"]) == ("r", 1e-2, 8, "f")
@@ -65,7 +65,7 @@ def test_a_record_needs_only_tokens_and_loss() -> None:
         ('{"tokens": 495, "loss": 3.5}', "ok"),
         ('{"tokens": 300, "loss": null}', "diverged"),
         ('{"tokens": 300, "loss": NaN}', "diverged"),
-        ('{"tokens": 300}', "diverged"),
+        ('{"tokens": 300, "status": "diverged"}', "diverged"),
         ('{"tokens": 500, "loss": 3.5, "status": "partial"}', "partial"),
     ],
 )
@@ -75,8 +75,22 @@ def test_the_status_follows_from_the_record(line: str, status: str) -> None:
 
 
 def test_lines_that_are_no_record_are_counted() -> None:
-    rows, unreadable = parse_rows(SPEC, b'{"tok\n[1]\n{"loss": 1}\n\n{"tokens": 500, "loss": 1}\n')
-    assert (len(rows), unreadable) == (1, 3)
+    rows, broken = parse_rows(SPEC, b'{"tok\n[1]\n{"loss": 1}\n\n{"tokens": 500, "loss": 1}\n')
+    assert (len(rows), len(broken)) == (1, 3)
+
+
+def test_a_line_without_a_loss_says_nothing_of_the_run(tmp_path: Path) -> None:
+    record(
+        tmp_path, {"tokens": 100, "lr": 1e-3}, {"tokens": 500, "loss": 3.0},
+        {"tokens": 1000, "loss": 2.5},
+    )  # fmt: skip
+    verdict = judge(SPEC, tmp_path)
+    assert (verdict.state, len(verdict.rows)) == ("ok", 2)
+    record(tmp_path, {"tokens": 500, "val_loss": 3.0}, {"tokens": 1000, "val_loss": 2.5})
+    verdict = judge(SPEC, tmp_path)
+    assert verdict.state == "failed"
+    assert "2 of its lines are not records with tokens and loss" in verdict.reason
+    assert "a record has a loss, null if the run diverged" in verdict.reason
 
 
 def test_all_horizons_measured_is_ok(tmp_path: Path) -> None:
@@ -163,8 +177,8 @@ def test_a_torn_last_line_does_not_swallow_the_next_record(tmp_path: Path) -> No
     (tmp_path / RECORDS_FILE).write_text('{"tokens": 100, "loss": 3.0}\n{"tokens": 2')
     row = '{"tokens": 300, "loss": 2.9}'
     code = f"open({str(tmp_path / RECORDS_FILE)!r}, 'a').write({row!r} + chr(10))"
-    rows, unreadable = parse_rows(SPEC, (run(tmp_path, code).run_dir / RECORDS_FILE).read_bytes())
-    assert ([r["tokens"] for r in rows], unreadable) == ([100, 300], 1)
+    rows, broken = parse_rows(SPEC, (run(tmp_path, code).run_dir / RECORDS_FILE).read_bytes())
+    assert ([r["tokens"] for r in rows], len(broken)) == ([100, 300], 1)
 
 
 def test_stop_ends_a_child_that_ignores_sigterm(

@@ -137,32 +137,43 @@ def launched(run_dir: Path, command: Sequence[str]) -> list[str]:
     return [*launcher, str(run_dir / LOCK_FILE), str(run_dir / RECORDS_FILE), *command]
 
 
-def parse_rows(spec: RunSpec, content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """Rows of the run table from the child's JSON lines, and how many lines were no record.
+def parse_rows(spec: RunSpec, content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows of the run table from the child's JSON lines, and why each other line is no record.
 
     A record needs ``tokens`` and ``loss``; the spec fills in what it leaves out. A loss that is
-    missing, null or not finite means divergence.
+    null or not finite means divergence, a line without one means nothing.
     """
     rows: list[dict[str, Any]] = []
-    unreadable = 0
+    broken: list[str] = []
     common = spec_row(spec)
     for line in content.splitlines():
         if not line.strip():
             continue
         try:
             record = json.loads(line)
+            _require_record(record)
             tokens = float(record["tokens"])
-            loss = record.get("loss")
-            loss = float(loss) if loss is not None else math.nan
-        except (ValueError, TypeError, KeyError, AttributeError):
-            unreadable += 1
+            loss = math.nan if record.get("loss") is None else float(record["loss"])
+        except (ValueError, TypeError) as error:
+            broken.append(str(error))
             continue
         finite = math.isfinite(loss)
         status = record.get("status") or _implied_status(spec, tokens, finite)
         planned = {"planned_tokens": tokens} if status == "ok" else {}
         measured = {"tokens": tokens, "loss": loss if finite else None, "status": status}
         rows.append({**common, **planned, **record, **measured})
-    return rows, unreadable
+    return rows, broken
+
+
+def _require_record(record: Any) -> None:
+    """Raises: ValueError that says what a line lacks."""
+    if not isinstance(record, dict):
+        raise ValueError("a record is a JSON object")
+    if record.get("tokens") is None:
+        raise ValueError("a record has tokens")
+    # Recorded divergences have no loss, and say what they are.
+    if "loss" not in record and record.get("status") != "diverged":
+        raise ValueError("a record has a loss, null if the run diverged")
 
 
 def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = False) -> Verdict:
@@ -176,7 +187,7 @@ def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = 
         Whether it was ended from outside, which says nothing about the run.
     """
     path = run_dir / RECORDS_FILE
-    rows, unreadable = parse_rows(spec, path.read_bytes() if path.exists() else b"")
+    rows, broken = parse_rows(spec, path.read_bytes() if path.exists() else b"")
     # A resumed child repeats its last checkpoint: the later row stands.
     rows = list({(r["run_id"], r["tokens"], r["status"]): r for r in rows}.values())
     rows.sort(key=lambda r: (r["tokens"], r["status"]))
@@ -193,8 +204,11 @@ def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = 
         return Verdict(state="ok", reason="", rows=_thinned(rows), share=1.0)
     if not failure:
         failure = f"exit status 0, but {RECORDS_FILE} has no final record at {missing[0]} tokens"
-        if unreadable:
-            failure += f" ({unreadable} of its lines are not records with tokens and loss)"
+        if broken:
+            failure += (
+                f" ({len(broken)} of its lines are not records with tokens and loss; "
+                f"the first: {broken[0]})"
+            )
     state = "lost" if preempted else "failed"
     end = {**spec_row(spec), "tokens": max(1.0, share * spec.tokens), "loss": None}
     end |= {"status": state, "status_reason": failure}
