@@ -228,7 +228,14 @@ def _parse(path: Path, seen: tuple[Path, ...]) -> Prior:
         text = path.read_bytes()
         raw = tomllib.loads(text.decode("utf-8"))
     except FileNotFoundError as error:
-        raise SpecError(f"no {where}; the shipped cards are {', '.join(list_priors())}") from error
+        shipped = f"the shipped cards are {', '.join(list_priors())}"
+        if path.parent != _folder():
+            raise SpecError(f"prior card {path} does not exist; {shipped}") from error
+        raise SpecError(f"no {where}; {shipped}") from error
+    except IsADirectoryError as error:
+        raise SpecError(f"prior card {path} is a folder; name the .toml file in it") from error
+    except OSError as error:
+        raise SpecError(f"prior card {path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"{where} is not valid TOML: {error}") from error
     allowed = {"name", "title", "date", "extends", "holds_for", "reference", "parameters"}

@@ -313,15 +313,24 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise SpecError(f"{where}: {error}") from error
 
 
-def load_recipe(path: str | Path) -> Recipe:
-    """Read a recipe from a TOML file. Raises: SpecError if it is missing or broken."""
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """Parsed TOML of a recipe. Raises: SpecError if it cannot be read as such."""
     path = Path(path)
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SpecError(f"recipe {path} does not exist") from error
+    except IsADirectoryError as error:
+        raise SpecError(f"recipe {path} is a folder; name the .toml file in it") from error
+    except OSError as error:
+        raise SpecError(f"recipe {path} cannot be read: {error.strerror or error}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SpecError(f"recipe {path} is not valid TOML: {error}") from error
+
+
+def load_recipe(path: str | Path) -> Recipe:
+    """Read a recipe from a TOML file. Raises: SpecError if it is missing or broken."""
+    raw = read_recipe_file(path)
     if "compare" in raw:
         raise SpecError(f"recipe {path} is that of a comparison: bayeslr compare {path}")
     return parse_recipe(raw, where=f"recipe {path}")

@@ -147,6 +147,12 @@ def test_all_diverged_ends_with_3(bayeslr: Any, tmp_path: Path) -> None:
         (("report", "no-fit"), 2, "is no fit folder"),
         (("priors", "show", "nope"), 2, "the shipped cards are"),
         (("calibrate", "--prior", "nope"), 2, "the shipped cards are"),
+        (("sweep", ".", "--dry-run"), 2, "recipe . is a folder; name the .toml file in it"),
+        (("compare", "folder.toml", "--dry-run"), 2, "recipe folder.toml is a folder"),
+        (("priors", "check", "folder.toml"), 2, "prior card folder.toml is a folder"),
+        (("priors", "check", "none.toml"), 2, "prior card none.toml does not exist"),
+        (("replay", "r.csv", "--targets", "t.csv", "--truth", "t.csv", "--plot", "folder.svg"), 2,
+         "folder.svg is a folder"),
     ],
     ids=lambda value: "-".join(value)[:40] if isinstance(value, tuple) else None,
 )  # fmt: skip
@@ -155,8 +161,28 @@ def test_mistakes_end_in_one_message(
     code: int, told: str,
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    for name in ("folder.toml", "folder.svg"):
+        (tmp_path / name).mkdir()
     found, _, err = bayeslr(*words)
     assert (found, told in err) == (code, True), err
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"),
+    [
+        (PermissionError(13, "Permission denied", "runs.csv"), "cannot use runs.csv: Permission"),
+        (OSError(28, "No space left on device"), "refused: [Errno 28] No space left"),
+    ],
+)
+def test_what_the_system_refuses_is_told_without_a_traceback(
+    bayeslr: Any, monkeypatch: pytest.MonkeyPatch, refusal: OSError, told: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise refusal
+
+    monkeypatch.setattr("bayeslr.runs.read_runs", refuse)
+    code, _, err = bayeslr("check", "runs.csv")
+    assert (code, told in err) == (2, True), err
 
 
 def test_predict_echoes_the_target_in_full_and_answers_in_a_sentence(
@@ -232,6 +258,10 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
     code, _, err = bayeslr(*words, "-o", tmp_path / "next.csv")
     assert code == 2
     assert "must end in .jsonl" in err
+    (tmp_path / "folder.jsonl").mkdir()
+    for place, told in (("folder.jsonl", "it is a folder"), ("next.jsonl/x", "name another place")):
+        code, _, err = bayeslr(*words, "-o", tmp_path / place)
+        assert (code, told in err) == (2, True), err
     code, text, _ = bayeslr("plan", folder, "--space", recipe, "--budget", "1e9")
     assert "Nothing more pays: no run fits" in text
 
@@ -242,3 +272,27 @@ def test_report_writes_one_file(bayeslr: Any, folder: Path, tmp_path: Path) -> N
     assert code == 0
     assert f"Report written to {out}" in text
     assert out.read_text().lstrip().startswith("<!")
+    code, _, err = bayeslr("report", folder, "-o", ".")
+    assert code == 2
+    assert "cannot write .: it is a folder; name a file in it" in err
+
+
+@pytest.mark.parametrize("place", ["folder.html", "none/page.html"])
+def test_a_calibration_that_cannot_be_written_is_printed_all_the_same(
+    bayeslr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    class Result:
+        def document(self) -> dict[str, Any]:
+            return {}
+
+        def text(self) -> str:
+            return "the intervals are what they say"
+
+        def html(self) -> str:
+            return "<html>"
+
+    (tmp_path / "folder.html").mkdir()
+    monkeypatch.setattr("bayeslr.calibration.calibrate", lambda *_, **__: Result())
+    code, out, err = bayeslr("calibrate", "-o", tmp_path / place)
+    assert (code, out) == (2, "the intervals are what they say\n")
+    assert "cannot write" in err

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from bayeslr import replay as library
 from bayeslr import sampling
 from bayeslr.cli import app
-from bayeslr.errors import DataError, SpecError
+from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.predict import prior_posterior, read_targets, target_draws
 from bayeslr.recorded import Campaign, Pool, buy_start, copied, make_pool
 from bayeslr.replay import builtin
@@ -281,6 +281,18 @@ def test_the_verb_prints_json_and_writes_curve_and_figure(
     assert {"regret_mean", "regret_worst", "cover_90", "interval_score", "runs"} <= set(entries[0])
     assert len(pd.read_csv(out)) == 4
     assert "<svg" in figure.read_text()
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_scores_are_printed_before_a_figure_that_cannot_be_written(
+    tmp_path: Path, truth: pd.DataFrame
+) -> None:
+    words, figure = files(tmp_path, truth), tmp_path / "no" / "curve.svg"
+    done = CliRunner().invoke(
+        app, [*words, "--strategy", "classical", "--seeds", "1", "--plot", str(figure)]
+    )
+    assert isinstance(done.exception, StorageError)
+    assert "classical" in done.stdout
 
 
 def test_a_truth_without_a_target_is_refused(tmp_path: Path, truth: pd.DataFrame) -> None:

@@ -17,7 +17,7 @@ from bayeslr.cli.priors import priors_app
 from bayeslr.cli.replay import replay
 from bayeslr.cli.sweeps import quickstart, status, sweep, worker
 from bayeslr.cli.transfer import transfer_app
-from bayeslr.errors import BayeslrError
+from bayeslr.errors import BayeslrError, StorageError
 
 app = typer.Typer(
     name="bayeslr",
@@ -56,3 +56,16 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except OSError as error:
+        print(f"bayeslr: {_refused(error)}", file=sys.stderr)  # noqa: T201
+        sys.exit(StorageError.exit_code)
+
+
+def _refused(error: OSError) -> str:
+    """What the operating system refused, where, and what to do."""
+    if error.filename is None:
+        return f"the operating system refused: {error}; mend that, and repeat"
+    return (
+        f"cannot use {error.filename}: {error.strerror or error}; see that it exists, is a file "
+        "where a file is meant, and may be read and written, or name another place"
+    )

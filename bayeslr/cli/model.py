@@ -263,14 +263,15 @@ def calibrate(
 ) -> None:
     """Simulation-based calibration and coverage: are the intervals what they say?"""
     from bayeslr.calibration import calibrate as run_calibration
+    from bayeslr.runs import write_atomically
 
     result = run_calibration(
         prior, num_tables=tables, num_runs=runs, seed=seed, progress=sys.stderr.isatty()
     )
     document: dict[str, Any] = result.document()
-    if out is not None:
-        out.write_text(result.html(), encoding="utf-8")
     _echo(json_module.dumps(document) if json else result.text())
+    if out is not None:
+        write_atomically(out, result.html().encode())
 
 
 __all__ = ["calibrate", "fit", "predict", "report"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayeslr.errors import SpecError
+from bayeslr.errors import SpecError, StorageError
 from bayeslr.units import format_interval, format_lr, format_quantity, parse_quantity
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def plan(
     from bayeslr.runner_protocol import find_runner
     from bayeslr.space import targets_of
 
+    if out is not None and out.suffix not in ("", ".jsonl", ".json"):
+        raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
     posterior, recipe = load(fit), open_recipe(space)
     found = make_plan(
         posterior, recipe, budget_flops=parse_quantity(budget, name="--budget"), num_runs=num_runs
@@ -58,15 +60,20 @@ def plan(
 
 
 def _write_specs(out: Path, found: Plan) -> None:
+    from bayeslr.runs import write_atomically
+
     specs = [proposal.spec for proposal in found.proposals]
     if out.suffix:
-        if out.suffix not in (".jsonl", ".json"):
-            raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
-        out.write_text("".join(f"{spec.to_json()}\n" for spec in specs), encoding="utf-8")
+        write_atomically(out, "".join(f"{spec.to_json()}\n" for spec in specs).encode())
         return
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(
+            f"cannot make the folder {out}: {error.strerror or error}; name another place"
+        ) from error
     for spec in specs:
-        (out / f"{spec.run_id}.json").write_text(f"{spec.to_json()}\n", encoding="utf-8")
+        write_atomically(out / f"{spec.run_id}.json", f"{spec.to_json()}\n".encode())
 
 
 def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:

@@ -48,6 +48,9 @@ def replay(
 
     if plot is not None and plot.suffix.lower() not in (".svg", ".pdf", ".png"):
         raise SpecError(f"--plot {plot} must end in .svg, .pdf or .png")
+    for path in (out, plot):
+        if path is not None and path.is_dir():
+            raise SpecError(f"{path} is a folder; name a file in it")
     load_prior(prior)
     chosen, notices = library.strategies(strategy)
     for notice in notices:
@@ -76,13 +79,13 @@ def replay(
     lines("", transient=True)
     scores = library.table_of(rows)
     entries = library.summary(scores)
-    if plot is not None:
-        library.plot(scores, plot)
     if json:
         typer.echo(json_module.dumps({"strategies": entries}))
     else:
         for line in _lines(entries):
             typer.echo(line)
+    if plot is not None:
+        library.plot(scores, plot)
 
 
 def _lines(entries: Sequence[dict[str, Any]]) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 
 from bayeslr.errors import SpecError
 from bayeslr.loop import find_recipe, resolve_paths
-from bayeslr.specs import LrGrid, Recipe, Space, check_keys, parse_recipe
+from bayeslr.specs import LrGrid, Recipe, Space, check_keys, parse_recipe, read_recipe_file
 from bayeslr.units import parse_count, parse_quantity
 
 TABLES = ("compare", "fitting", "transfer", "targets", "run", "options")
@@ -109,10 +108,7 @@ class CompareRecipe:
 def load_compare_recipe(path: str | Path) -> CompareRecipe:
     """Read a recipe from a TOML file or by the name of a shipped one. Raises: SpecError."""
     found = find_recipe(path)
-    try:
-        raw = tomllib.loads(found.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise SpecError(f"recipe {found} is not valid TOML: {error}") from error
+    raw = read_recipe_file(found)
     if "sweep" in raw and "compare" not in raw:
         raise SpecError(
             f"recipe {found} is that of a sweep, not of a comparison: bayeslr sweep {path}"

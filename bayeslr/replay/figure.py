@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from bayeslr.runs import write_atomically
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -13,7 +16,10 @@ if TYPE_CHECKING:
 
 
 def plot(scores: pd.DataFrame, path: Path) -> None:
-    """Regret, coverage and interval score against the share of compute, bands over seeds."""
+    """Regret, coverage and interval score against the share of compute, bands over seeds.
+
+    Raises: StorageError if the file cannot be written.
+    """
     import matplotlib
 
     matplotlib.use("Agg", force=False)
@@ -45,7 +51,9 @@ def plot(scores: pd.DataFrame, path: Path) -> None:
         else:
             axes.axhline(0.9, color="0.6", lw=0.8)
     figure.axes[0].legend(fontsize=7, frameon=False)
-    figure.savefig(path, format=path.suffix.lstrip(".") or "svg")
+    picture = io.BytesIO()
+    figure.savefig(picture, format=path.suffix.lstrip(".") or "svg")
+    write_atomically(path, picture.getvalue())
 
 
 def _plain(value: float, position: int) -> str:

@@ -209,6 +209,8 @@ def write_atomically(path: Path, content: bytes) -> None:
 
     Raises: StorageError if that fails; what was at ``path`` before is then as it was.
     """
+    if path.is_dir():
+        raise StorageError(f"cannot write {path}: it is a folder; name a file in it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
