@@ -41,7 +41,10 @@ class Runner(Protocol):
 
 @runtime_checkable
 class RecordedRunner(Runner, Protocol):
-    """A runner that knows the records already; no child process is started."""
+    """A runner that knows the records already; no child process is started.
+
+    Its rows say themselves which run they are of: a recorded one of the cell, at its own LR.
+    """
 
     def records(self, spec: RunSpec) -> list[dict[str, Any]]:
         """Rows of the run, as the child would append them."""

@@ -242,6 +242,31 @@ def test_diverged_runs_are_told_and_kept(tmp_path: Path) -> None:
     assert any("diverged (loss is not finite)" in line for line in lines)
 
 
+SCHEDULED = """
+import json, sys
+from pathlib import Path
+spec = json.loads(Path(sys.argv[1]).read_text())
+from bayeslr_runners.toy import loss_of
+with open(sys.argv[2], "a") as records:
+    for tokens in (spec["tokens"] // 4, *spec["decay_at"]):
+        lr = spec["lr"] * (1 - tokens / spec["tokens"])
+        records.write(json.dumps(dict(tokens=tokens, loss=LOSS, lr=lr)) + chr(10))
+"""
+
+
+def scheduled(loss: str = "loss_of(spec, tokens)") -> list[str]:
+    """A trainer that logs the LR of the step; ``loss`` is what it says it measured."""
+    return ["{python}", "-c", SCHEDULED.replace("LOSS", loss), "{spec}", "{records}"]
+
+
+def test_a_trainer_may_log_its_scheduled_lr(tmp_path: Path) -> None:
+    result, _ = sweep(tmp_path, options__argv=scheduled(), sweep__max_runs=7)
+    assert len(result.runs.quarantine) == 0
+    asked = {t.spec.run_id: t.spec.lr for t in open_study(None, "toy", tmp_path, None).trials()}
+    found = result.runs.frame.groupby("run_id")["lr"].unique()
+    assert {run: list(lrs) for run, lrs in found.items()} == {k: [v] for k, v in asked.items()}
+
+
 def test_a_trainer_that_never_works_stops_the_sweep(tmp_path: Path) -> None:
     argv = ["{python}", "-c", "raise SystemExit('no GPU here')"]
     with pytest.raises(DataError, match=r"no run came to anything.*no GPU here.*--retry"):

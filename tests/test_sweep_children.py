@@ -67,6 +67,7 @@ def test_a_record_needs_only_tokens_and_loss() -> None:
         ('{"tokens": 300, "loss": NaN}', "diverged"),
         ('{"tokens": 300, "status": "diverged"}', "diverged"),
         ('{"tokens": 500, "loss": 3.5, "status": "partial"}', "partial"),
+        ('{"tokens": 500, "loss": null, "status": "ok"}', "diverged"),
     ],
 )
 def test_the_status_follows_from_the_record(line: str, status: str) -> None:
@@ -89,8 +90,27 @@ def test_a_line_without_a_loss_says_nothing_of_the_run(tmp_path: Path) -> None:
     record(tmp_path, {"tokens": 500, "val_loss": 3.0}, {"tokens": 1000, "val_loss": 2.5})
     verdict = judge(SPEC, tmp_path)
     assert verdict.state == "failed"
-    assert "2 of its lines are not records with tokens and loss" in verdict.reason
+    assert "2 of its lines are no records with tokens and loss" in verdict.reason
     assert "a record has a loss, null if the run diverged" in verdict.reason
+
+
+def test_the_spec_says_which_run_a_record_is_of(tmp_path: Path) -> None:
+    logged = {"lr": 3e-5, "n_total": 1, "family": "g", "d_model": 9, "run_id": "x", "n_layers": 2}
+    record(tmp_path, {"tokens": 500, "loss": 3.0, **logged}, {"tokens": 1000, "loss": 2.5})
+    for row in judge(SPEC, tmp_path).rows:
+        assert (row["run_id"], row["lr"], row["n_total"]) == ("r", 1e-2, 200)
+        assert (row["family"], row["d_model"]) == ("f", 8)
+    first, _ = judge(SPEC, tmp_path).rows
+    assert first["n_layers"] == 2  # the spec does not know
+    recorded, _ = judge(SPEC, tmp_path, recorded=True).rows
+    assert (recorded["run_id"], recorded["lr"]) == ("x", 3e-5)
+
+
+def test_an_unknown_status_is_named(tmp_path: Path) -> None:
+    record(tmp_path, {"tokens": 500, "loss": 3.0, "status": "weird"}, {"tokens": 1000, "loss": 2.5})
+    verdict = judge(SPEC, tmp_path)
+    assert verdict.state == "failed"
+    assert "status 'weird' is none of ok, partial, diverged" in verdict.reason
 
 
 def test_all_horizons_measured_is_ok(tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any, final
 
 from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE, spec_row
+from bayeslr.runs import STATUSES
+from bayeslr.runs.columns import RUN_KEYS, SHAPE_KEYS
 from bayeslr.specs import RunSpec
 
 LAUNCHER = Path(__file__).with_name("launch.py")
@@ -28,6 +30,9 @@ MAX_PARTIAL_ROWS = 40
 
 STOP_SECONDS = 10.0
 """How long a child may take to write its checkpoint after SIGTERM."""
+
+_IDENTITY = ("run_id", "param_convention", *RUN_KEYS, *SHAPE_KEYS)
+"""Columns that say which run it is: the spec's stand, for trainers log the LR of the step as lr."""
 
 _PREEMPTED = frozenset({signal.SIGKILL, signal.SIGTERM, signal.SIGHUP, signal.SIGINT})
 
@@ -137,15 +142,19 @@ def launched(run_dir: Path, command: Sequence[str]) -> list[str]:
     return [*launcher, str(run_dir / LOCK_FILE), str(run_dir / RECORDS_FILE), *command]
 
 
-def parse_rows(spec: RunSpec, content: bytes) -> tuple[list[dict[str, Any]], list[str]]:
+def parse_rows(
+    spec: RunSpec, content: bytes, *, recorded: bool = False
+) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of the run table from the child's JSON lines, and why each other line is no record.
 
     A record needs ``tokens`` and ``loss``; the spec fills in what it leaves out. A loss that is
-    null or not finite means divergence, a line without one means nothing.
+    null or not finite means divergence, a line without one means nothing. recorded: the lines are
+    those of a `RecordedRunner`, which answers with other runs of the cell, at LRs of their own.
     """
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
     common = spec_row(spec)
+    fixed = {} if recorded else {name: common[name] for name in _IDENTITY if name in common}
     for line in content.splitlines():
         if not line.strip():
             continue
@@ -154,14 +163,16 @@ def parse_rows(spec: RunSpec, content: bytes) -> tuple[list[dict[str, Any]], lis
             _require_record(record)
             tokens = float(record["tokens"])
             loss = math.nan if record.get("loss") is None else float(record["loss"])
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, OverflowError) as error:
             broken.append(str(error))
             continue
         finite = math.isfinite(loss)
         status = record.get("status") or _implied_status(spec, tokens, finite)
+        if not finite and status in ("ok", "partial"):
+            status = "diverged"
         planned = {"planned_tokens": tokens} if status == "ok" else {}
         measured = {"tokens": tokens, "loss": loss if finite else None, "status": status}
-        rows.append({**common, **planned, **record, **measured})
+        rows.append({**common, **planned, **record, **fixed, **measured})
     return rows, broken
 
 
@@ -171,12 +182,21 @@ def _require_record(record: Any) -> None:
         raise ValueError("a record is a JSON object")
     if record.get("tokens") is None:
         raise ValueError("a record has tokens")
+    if (status := record.get("status")) and status not in STATUSES:
+        raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
     # Recorded divergences have no loss, and say what they are.
     if "loss" not in record and record.get("status") != "diverged":
         raise ValueError("a record has a loss, null if the run diverged")
 
 
-def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = False) -> Verdict:
+def judge(
+    spec: RunSpec,
+    run_dir: Path,
+    *,
+    failure: str = "",
+    preempted: bool = False,
+    recorded: bool = False,
+) -> Verdict:
     """Verdict from the records of a run whose child has ended (or was never started).
 
     Parameters
@@ -185,9 +205,12 @@ def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = 
         How the process broke, if it did; records that are complete outweigh it.
     preempted
         Whether it was ended from outside, which says nothing about the run.
+    recorded
+        Whether a `RecordedRunner` answered for it.
     """
     path = run_dir / RECORDS_FILE
-    rows, broken = parse_rows(spec, path.read_bytes() if path.exists() else b"")
+    content = path.read_bytes() if path.exists() else b""
+    rows, broken = parse_rows(spec, content, recorded=recorded)
     # A resumed child repeats its last checkpoint: the later row stands.
     rows = list({(r["run_id"], r["tokens"], r["status"]): r for r in rows}.values())
     rows.sort(key=lambda r: (r["tokens"], r["status"]))
@@ -206,7 +229,7 @@ def judge(spec: RunSpec, run_dir: Path, *, failure: str = "", preempted: bool = 
         failure = f"exit status 0, but {RECORDS_FILE} has no final record at {missing[0]} tokens"
         if broken:
             failure += (
-                f" ({len(broken)} of its lines are not records with tokens and loss; "
+                f" ({len(broken)} of its lines are no records with tokens and loss; "
                 f"the first: {broken[0]})"
             )
     state = "lost" if preempted else "failed"

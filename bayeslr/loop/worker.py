@@ -263,8 +263,9 @@ class Worker:
     def _start(self, number: int, spec: RunSpec) -> None:
         run_dir = self._runs_dir / spec.run_id
         self._starts[number] = self._starts.get(number, 0) + 1
+        recorded = isinstance(self._runner, RecordedRunner)
         if complete(spec, run_dir):  # a worker was killed before it could tell
-            self._tell(number, spec, judge(spec, run_dir), 0.0)
+            self._tell(number, spec, judge(spec, run_dir, recorded=recorded), 0.0)
         elif isinstance(self._runner, RecordedRunner):
             self._look_up(self._runner, number, spec, run_dir)
         else:
@@ -277,7 +278,8 @@ class Worker:
             write_rows(run_dir, runner.records(spec))
         except SpecError as error:
             failure = str(error)
-        self._tell(number, spec, judge(spec, run_dir, failure=failure), 0.0)
+        verdict = judge(spec, run_dir, failure=failure, recorded=True)
+        self._tell(number, spec, verdict, 0.0)
 
 
 def due_runs(study: Study, trials: Sequence[Trial], batch: int) -> list[Due]:
