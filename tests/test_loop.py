@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("optuna")
 
 from bayeslr import loop
+from bayeslr.cli.data import quarantine_path
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.loop import SweepResult, describe, find_recipe, open_recipe, open_status, to_toml
 from bayeslr.loop.status import status_lines
@@ -248,15 +249,16 @@ from pathlib import Path
 spec = json.loads(Path(sys.argv[1]).read_text())
 from bayeslr_runners.toy import loss_of
 with open(sys.argv[2], "a") as records:
-    for tokens in (spec["tokens"] // 4, *spec["decay_at"]):
+    for tokens in (FIRST, *spec["decay_at"]):
         lr = spec["lr"] * (1 - tokens / spec["tokens"])
         records.write(json.dumps(dict(tokens=tokens, loss=LOSS, lr=lr)) + chr(10))
 """
 
 
-def scheduled(loss: str = "loss_of(spec, tokens)") -> list[str]:
-    """A trainer that logs the LR of the step; ``loss`` is what it says it measured."""
-    return ["{python}", "-c", SCHEDULED.replace("LOSS", loss), "{spec}", "{records}"]
+def scheduled(loss: str = "loss_of(spec, tokens)", first: str = "spec['tokens'] // 4") -> list[str]:
+    """A trainer that logs the LR of the step, its first record after so many tokens."""
+    code = SCHEDULED.replace("LOSS", loss).replace("FIRST", first)
+    return ["{python}", "-c", code, "{spec}", "{records}"]
 
 
 def test_a_trainer_may_log_its_scheduled_lr(tmp_path: Path) -> None:
@@ -265,6 +267,23 @@ def test_a_trainer_may_log_its_scheduled_lr(tmp_path: Path) -> None:
     asked = {t.spec.run_id: t.spec.lr for t in open_study(None, "toy", tmp_path, None).trials()}
     found = result.runs.frame.groupby("run_id")["lr"].unique()
     assert {run: list(lrs) for run, lrs in found.items()} == {k: [v] for k, v in asked.items()}
+
+
+def test_rows_that_break_a_rule_are_said_and_kept_apart(tmp_path: Path) -> None:
+    argv = scheduled(
+        "loss_of(spec, tokens or 1)", first="0"
+    )  # the loss at initialisation, as many trainers log it
+    result, lines = sweep(tmp_path, options__argv=argv, sweep__max_runs=6)
+    count = len(result.runs.quarantine)
+    assert count == 6
+    path = quarantine_path(tmp_path / "runs.parquet")
+    assert len(pd.read_csv(path)) == count
+    said = "\n".join(lines)
+    assert f"{count} rows set aside, for they break a rule of the run table (all in {path})" in said
+    assert "tokens must be finite and > 0, got '0.0'" in said
+    status = open_status(str(tmp_path))
+    assert status["quarantine"]["rows"] == count
+    assert "tokens must be finite and > 0" in "\n".join(status_lines(status))
 
 
 def test_a_trainer_that_never_works_stops_the_sweep(tmp_path: Path) -> None:

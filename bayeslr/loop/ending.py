@@ -16,8 +16,10 @@ from bayeslr.loop.planning import table_of
 from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
 from bayeslr.loop.worker import Due, Progress, Stop, Worker
 from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point
+from bayeslr.runs import first_reasons, write_atomically
 from bayeslr.space import targets_of
 from bayeslr.specs import Recipe
+from bayeslr.units import counted
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -65,13 +67,14 @@ def conclude(
 
     table = table_of(trials, recipe)
     table.write(out / "runs.parquet")
+    _write_quarantine(table, out, progress)
     progress(f"fitting {len(table)} rows", transient=True)
     method = "two-stage" if recipe.strategy == "classical" else "bayes"
     posterior = fit(table, recipe.prior, seed=recipe.seed, method=method)
     posterior = _checked(posterior, table, recipe.seed, progress)
     posterior.save(out / "fit")
     predictions = predict(posterior, targets_of(recipe, runner))
-    predictions.to_csv(out / "predictions.csv", index=False)
+    write_atomically(out / "predictions.csv", predictions.to_csv(index=False).encode())
     return SweepResult(
         recipe=recipe,
         out=out,
@@ -82,6 +85,19 @@ def conclude(
         spent_flops=math.fsum(t.flops for t in trials),
         early=early_ends(trials, posterior),
     )
+
+
+def _write_quarantine(table: RunTable, out: Path, progress: Progress) -> None:
+    """Say which rows break a rule, and put them where `bayeslr check` looks for them."""
+    path = out / "runs.quarantine.csv"
+    if not len(table.quarantine):
+        path.unlink(missing_ok=True)  # that of an earlier end, whose runs have been made again
+        return
+    write_atomically(path, table.quarantine.to_csv(index=False).encode())
+    number = counted(len(table.quarantine), "row")
+    progress(f"{number} set aside, for they break a rule of the run table (all in {path}):")
+    for line in first_reasons(table.quarantine).splitlines():
+        progress(line)
 
 
 def _checked(posterior: Posterior, table: RunTable, seed: int, progress: Progress) -> Posterior:
@@ -128,5 +144,5 @@ def train_target(
     finally:
         study.close()
     text = json.dumps(validation.document(), indent=2, allow_nan=False)
-    (out / "validation.json").write_text(text + "\n", encoding="utf-8")
+    write_atomically(out / "validation.json", f"{text}\n".encode())
     return validation

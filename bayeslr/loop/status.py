@@ -5,11 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
+from bayeslr.errors import DataError
 from bayeslr.loop.early import EarlyEnds, early_ends
-from bayeslr.runner_protocol import Study
-from bayeslr.units import format_interval, format_lr, format_quantity
+from bayeslr.loop.planning import rows_of, table_of
+from bayeslr.runner_protocol import Study, Trial
+from bayeslr.runs import first_reasons
+from bayeslr.specs import Recipe
+from bayeslr.units import counted, format_interval, format_lr, format_quantity
 
 
 def status_of(study: Study) -> dict[str, Any]:
@@ -42,6 +47,7 @@ def status_of(study: Study) -> dict[str, Any]:
             for t in running
         ],
         "dead_workers": sorted({t.owner for t in running if not t.alive}),
+        "quarantine": _quarantine(trials, recipe),
         "early_ends": dataclasses.asdict(early_ends(trials)),
         "failed": [
             {"run_id": t.spec.run_id, "state": t.state, "reason": t.status_reason}
@@ -49,6 +55,18 @@ def status_of(study: Study) -> dict[str, Any]:
             if t.state in ("failed", "lost")
         ],
     }
+
+
+def _quarantine(trials: Sequence[Trial], recipe: Recipe) -> dict[str, Any]:
+    """How many rows of the ended runs break a rule of the run table, and the first reasons."""
+    rows = rows_of(trials)
+    if not rows:
+        return {"rows": 0, "reasons": ""}
+    try:
+        quarantine = table_of(trials, recipe).quarantine
+    except DataError as error:  # there is no other row
+        return {"rows": len(rows), "reasons": str(error)}
+    return {"rows": len(quarantine), "reasons": first_reasons(quarantine)}
 
 
 def status_lines(status: dict[str, Any]) -> list[str]:
@@ -65,6 +83,10 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"stopped ({status['stop']['kind']}): {status['stop']['reason']}")
     elif status["state"] == "idle":
         lines.append("no worker is alive; the same `bayeslr sweep` command resumes it")
+    if status["quarantine"]["rows"]:
+        number = counted(status["quarantine"]["rows"], "row")
+        lines.append(f"{number} set aside, for they break a rule of the run table:")
+        lines += status["quarantine"]["reasons"].splitlines()
     early = EarlyEnds(**status["early_ends"])
     if early.runs:
         lines.append(early.line())
