@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from bayeslr import cli
+from bayeslr import __version__, cli
 from bayeslr.posterior import Posterior, load
 from bayeslr.runs import RunTable
-from tests.fakes import write_recipe
+from tests.fakes import toy_recipe, write_recipe
 from tests.model_fixtures import run_record
 from tests.test_acquire import space_recipe
 
@@ -95,6 +96,7 @@ def test_two_stage_end_to_end(bayeslr: Any, runs_csv: Path, tmp_path: Path) -> N
     code, text, _ = bayeslr("fit", runs_csv, "-o", out, "--method", "two-stage", "--no-check")
     assert code == 0
     assert "Least squares, R^2" in text
+    assert "log_sparsity     not estimated" in text
     code, text, _ = bayeslr("predict", out, *FLAGS)
     assert code == 0
     assert "peak LR of" in text
@@ -195,6 +197,63 @@ def test_predict_echoes_the_target_in_full_and_answers_in_a_sentence(
     assert "90 % probability" in out
 
 
+def stand_in_predictions(monkeypatch: pytest.MonkeyPatch, **changes: float) -> None:
+    """``bayeslr.predict.predict`` answers as it does, but for these columns."""
+    module = importlib.import_module("bayeslr.predict")
+    real = module.predict
+    monkeypatch.setattr(module, "predict", lambda *given: real(*given).assign(**changes))
+
+
+def test_json_keeps_small_numbers_and_has_null_for_what_is_no_number(
+    bayeslr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strange = {"lr_q05": 1.2345678901234567e-13, "p_diverge": math.nan, "extrapolation": math.inf}
+    stand_in_predictions(monkeypatch, **strange)
+    out = tmp_path / "preds.jsonl"
+    code, text, _ = bayeslr("predict", "--prior", "weak", *FLAGS, "--json", "-o", out)
+    assert code == 0
+    (row,) = json.loads(text, parse_constant=pytest.fail)
+    assert row["lr_q05"] == strange["lr_q05"]
+    assert row["p_diverge"] is row["extrapolation"] is None
+    assert json.loads(out.read_text(), parse_constant=pytest.fail) == row
+
+
+def test_what_the_fit_does_not_know_is_printed_as_unknown(
+    bayeslr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stand_in_predictions(monkeypatch, p_diverge=math.nan, extra_tokens=100.0)
+    targets = tmp_path / "targets.csv"
+    targets.write_text(
+        "target_id,n_active,n_total,tokens,batch_tokens\na,6e8,4.8e9,48e9,1e6\nb,6e8,6e8,9e9,1e6\n"
+    )
+    code, text, _ = bayeslr("predict", "--prior", "weak", "--targets", targets)
+    assert code == 0
+    for line in text.splitlines()[1:]:
+        assert line.split()[-4:-1] == ["10,000", "%", "unknown"]
+        assert "over 10,000 %" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("predict", "--prior", "weak", "--targets", "t.csv", "--family", "f"), "family included"),
+        (("plan", "fit", "--space", "r.toml", "--budget", "1e18", "--runs", "0"), "--runs"),
+        (("plan", "fit", "--space", "r.toml", "--budget", "1e18", "--runs", "-3"), "--runs"),
+        (("sweep", "r.toml", "--json"), "--json goes with --dry-run"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused(
+    bayeslr: Any, words: tuple[str, ...], told: str
+) -> None:
+    code, _, err = bayeslr(*words)
+    assert (code, told in err) == (2, True), err
+
+
+def test_the_version(bayeslr: Any) -> None:
+    code, text, _ = bayeslr("--version")
+    assert (code, text) == (0, f"bayeslr {__version__}\n")
+
+
 def test_predict_from_a_card_alone(bayeslr: Any) -> None:
     code, out, _ = bayeslr(
         "predict", "--prior", "moe-default", "--n-active", "1.3B", "--n-total", "12B", "--tokens",
@@ -241,6 +300,8 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
     words = ("plan", folder, "--space", recipe, "--budget", "1e20", "--runs", "2")
     code, text, _ = bayeslr(*words, "-o", out)
     assert code == 0
+    assert text.startswith("Budget: 100,000,000,000,000,000,000 FLOPs\n")
+    assert "their mean regret, were valleys plain parabolas, falls from" in text
     assert "If nothing more is run:\n  big: peak LR" in text
     assert "more runs" in text
     assert "FLOPs at the targets" in text
@@ -251,6 +312,7 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
     assert code == 0
     assert len(document["proposals"]) == len(lines)
     assert document["stop_reason"]
+    assert document["budget_flops"] == 1e20
     assert document["predictions"][0]["target_id"] == "big"
     code, _, _ = bayeslr(*words, "-o", tmp_path / "next")
     assert code == 0
@@ -264,6 +326,14 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
         assert (code, told in err) == (2, True), err
     code, text, _ = bayeslr("plan", folder, "--space", recipe, "--budget", "1e9")
     assert "Nothing more pays: no run fits" in text
+
+
+def test_a_sweep_is_described_in_json(bayeslr: Any, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.toml", toy_recipe())
+    code, text, _ = bayeslr("sweep", recipe, "--dry-run", "--json")
+    plan = json.loads(text)
+    assert (code, plan["name"], plan["budget_flops"]) == (0, "toy", 6e12)
+    assert len(plan["cells"]) == 4
 
 
 def test_report_writes_one_file(bayeslr: Any, folder: Path, tmp_path: Path) -> None:

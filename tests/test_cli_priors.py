@@ -50,6 +50,8 @@ def test_show_answers_for_the_target_that_is_asked_for() -> None:
 
 def test_check_says_in_order_or_what_is_wrong(tmp_path: Path) -> None:
     assert "moe-default is in order" in priors("check", "moe-default")
+    facts = json.loads(priors("check", "moe-default", "--json"))
+    assert (facts["name"], facts["parameters"]) == ("moe-default", len(PARAMETERS))
     broken = tmp_path / "mine.toml"
     broken.write_text('extends = "moe-default"\ncolour = "red"\n')
     with pytest.raises(SpecError, match="unknown key 'colour'"):

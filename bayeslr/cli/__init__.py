@@ -6,9 +6,11 @@ Files here import nothing heavier than typer at module level, so that ``--help``
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from bayeslr import __version__
 from bayeslr.cli.compare import compare
 from bayeslr.cli.data import check, import_app
 from bayeslr.cli.model import calibrate, fit, predict, report
@@ -27,6 +29,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"bayeslr {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and exit.", callback=_print_version,
+                     is_eager=True),
+    ] = False,
+) -> None:  # fmt: skip
+    pass
+
+
 app.command()(quickstart)
 app.add_typer(import_app, name="import")
 app.command()(check)

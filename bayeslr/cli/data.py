@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -154,6 +153,7 @@ def check(
     import pandas as pd
 
     from bayeslr.runs import describe, first_reasons, identifiability, read_runs
+    from bayeslr.runs.files import json_text
 
     table = read_runs(*runs)
     earlier = [_read_quarantine(path) for path in map(quarantine_path, runs) if path.exists()]
@@ -164,10 +164,10 @@ def check(
     if json:
         facts |= {
             "warnings": list(table.warnings),
-            "quarantine": json_module.loads(quarantine.to_json(orient="records")),
+            "quarantine": quarantine,
             "cannot_identify": blind_spots,
         }
-        typer.echo(json_module.dumps(facts, indent=2, allow_nan=False))
+        typer.echo(json_text(facts, indent=2))
         return
     typer.echo(
         f"{facts['source']}: {facts['rows']} rows, {format_quantity(facts['flops'])} FLOPs, "

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json as json_module
+import math
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -47,6 +47,7 @@ def fit(
     """Update a prior card with runs; write the fit folder. Exit code 4: not trustworthy."""
     from bayeslr.priors import load_prior
     from bayeslr.runs import first_reasons, read_runs
+    from bayeslr.runs.files import json_text
     from bayeslr.sampling import fit as run_fit
     from bayeslr.verdicts import with_verdicts
 
@@ -66,7 +67,7 @@ def fit(
     posterior = with_verdicts(posterior, holdout=check, seed=seed)
     posterior.save(out)
     if json:
-        _echo(json_module.dumps({"fit": str(out), **posterior.info}, default=str))
+        _echo(json_text({"fit": str(out), **posterior.info}))
     else:
         _echo(*_fit_summary(posterior), f"Fit written to {out}")
     if not posterior.trustworthy:
@@ -91,9 +92,11 @@ def _fit_summary(posterior: Posterior) -> list[str]:
         r_squared = float(posterior.flat("r_squared").mean())
         lines.append(f"Least squares, R^2 {r_squared:.3f}:")
         lines += [
-            f"  {name:16s} {coefficient[:, i].mean():+.3f} +- {coefficient[:, i].std():.3f}"
-            for i, name in enumerate(names)
-        ]
+            # What hardly varies among the slices is left out of the regression, at zero.
+            f"  {name:16s} {draws.mean():+.3f} +- {draws.std():.3f}" if draws.any()
+            else f"  {name:16s} not estimated"
+            for name, draws in zip(names, coefficient.T, strict=True)
+        ]  # fmt: skip
     lines += verdict_lines(info)
     lines += [f"Note: {note}" for note in info["identifiability"]]
     return lines
@@ -147,6 +150,7 @@ def predict(
     from bayeslr.posterior import load
     from bayeslr.predict import predict as run_predict
     from bayeslr.predict import prior_posterior, read_targets
+    from bayeslr.runs.files import json_text
     from bayeslr.verdicts import warnings_of
 
     if (fit is None) == (prior is None):
@@ -154,8 +158,8 @@ def predict(
     posterior = load(fit) if fit is not None else prior_posterior(str(prior))
     flags = {"n-active": n_active, "tokens": tokens, "batch-tokens": batch_tokens}
     if targets is not None:
-        if any(value is not None for value in (*flags.values(), n_total)):
-            raise SpecError("give the targets by --targets or by flags, not both")
+        if any(value is not None for value in (*flags.values(), n_total, family)):
+            raise SpecError("give the targets, family included, by --targets or by flags, not both")
         wanted = read_targets(targets)
     else:
         if missing := [name for name, value in flags.items() if value is None]:
@@ -170,7 +174,7 @@ def predict(
     if out is not None:
         _write_table(table, out)
     if json:
-        _echo(table.to_json(orient="records"))
+        _echo(json_text(table))
     else:
         if targets is None:
             _echo(_echoed(wanted[0]))
@@ -207,28 +211,48 @@ def _echoed(target: Target) -> str:
 def _prediction_lines(table: pd.DataFrame) -> list[str]:
     if len(table) == 1:
         return [str(table["sentence"].iloc[0])]
-    width = max(len("target"), *(len(str(name)) for name in table["target_id"]))
-    lines = [
-        f"{'target':{width}s}  {'lr':>9s}  {'5 %':>9s}  {'50 %':>9s}  {'95 %':>9s}  "
-        f"{'regret':>7s}  {'+tokens':>8s}  {'diverge':>7s}  {'outside':>7s}"
-    ]
-    return lines + [
-        f"{row['target_id']!s:{width}s}  {row['lr']:9.3g}  {row['lr_q05']:9.3g}  "
-        f"{row['lr_q50']:9.3g}  {row['lr_q95']:9.3g}  {row['regret_mean']:7.4f}  "
-        f"{100 * row['extra_tokens']:6.1f} %  {100 * row['p_diverge']:5.1f} %  "
-        f"{row['extrapolation']:7.1f}"
+    head = ("target", "lr", "5 %", "50 %", "95 %", "regret", "+tokens", "diverge", "outside")
+    cells = [head] + [
+        (
+            str(row["target_id"]),
+            *(f"{row[name]:.3g}" for name in ("lr", "lr_q05", "lr_q50", "lr_q95")),
+            f"{row['regret_mean']:.4f}", more_tokens(row["extra_tokens"], "{:.1f} %"),
+            risk(row["p_diverge"], "{:.1f} %"), f"{row['extrapolation']:.1f}",
+        )
         for row in table.to_dict("records")
+    ]  # fmt: skip
+    first, *widths = (max(len(row[i]) for row in cells) for i in range(len(head)))
+    return [
+        "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(row, widths, strict=True))])
+        for name, *row in cells
     ]
+
+
+# Extra tokens are counted up to 100 times the target's own (`predict.extra_tokens_share`).
+_MOST_EXTRA = 100.0
+
+
+def more_tokens(share: float, form: str) -> str:
+    """Share of extra tokens as a percentage, by a format such as ``{:.1f} %``."""
+    if share >= _MOST_EXTRA:
+        return f"over {100 * _MOST_EXTRA:,.0f} %"
+    return form.format(100 * share) if math.isfinite(share) else "unknown"
+
+
+def risk(probability: float, form: str) -> str:
+    """Probability as a percentage; ``unknown`` where the fit does not tell it."""
+    return form.format(100 * probability) if math.isfinite(probability) else "unknown"
 
 
 def _write_table(table: pd.DataFrame, out: Path) -> None:
-    from bayeslr.runs import write_atomically
+    from bayeslr.runs.files import json_text, write_atomically
 
     suffix = out.suffix.lower()
     if suffix == ".parquet":
         content = table.to_parquet(None, index=False)
     elif suffix in (".jsonl", ".json"):
-        content = table.to_json(orient="records", lines=True).encode()
+        rows = table.to_dict("records")
+        content = "".join(f"{json_text(row)}\n" for row in rows).encode()
     elif suffix == ".csv":
         content = table.to_csv(index=False).encode()
     else:
@@ -263,13 +287,12 @@ def calibrate(
 ) -> None:
     """Simulation-based calibration and coverage: are the intervals what they say?"""
     from bayeslr.calibration import calibrate as run_calibration
-    from bayeslr.runs import write_atomically
+    from bayeslr.runs.files import json_text, write_atomically
 
     result = run_calibration(
         prior, num_tables=tables, num_runs=runs, seed=seed, progress=sys.stderr.isatty()
     )
-    document: dict[str, Any] = result.document()
-    _echo(json_module.dumps(document) if json else result.text())
+    _echo(json_text(result.document()) if json else result.text())
     if out is not None:
         write_atomically(out, result.html().encode())
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json as json_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayeslr.cli.model import more_tokens, risk
 from bayeslr.errors import SpecError, StorageError
 from bayeslr.units import format_interval, format_lr, format_quantity, parse_quantity
 
@@ -21,7 +21,9 @@ def plan(
     fit: Annotated[Path, typer.Argument(help="Fit folder.", show_default=False)],
     space: Annotated[str, typer.Option("--space", help="Recipe whose space to choose from.")],
     budget: Annotated[str, typer.Option("--budget", help="FLOPs to spend, such as 1e18.")],
-    num_runs: Annotated[int | None, typer.Option("--runs", help="At most so many runs.")] = None,
+    num_runs: Annotated[
+        int | None, typer.Option("--runs", min=1, help="At most so many runs.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("-o", "--out", help="Run specs: a .jsonl file, or a folder, one file a run."),
@@ -36,23 +38,23 @@ def plan(
     from bayeslr.posterior import load
     from bayeslr.predict import predict
     from bayeslr.runner_protocol import find_runner
+    from bayeslr.runs.files import json_text
     from bayeslr.space import targets_of
 
     if out is not None and out.suffix not in ("", ".jsonl", ".json"):
         raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
+    flops = parse_quantity(budget, name="--budget")
     posterior, recipe = load(fit), open_recipe(space)
-    found = make_plan(
-        posterior, recipe, budget_flops=parse_quantity(budget, name="--budget"), num_runs=num_runs
-    )
+    found = make_plan(posterior, recipe, budget_flops=flops, num_runs=num_runs)
     table = predict(posterior, targets_of(recipe, find_runner(recipe)))
     if out is not None:
         _write_specs(out, found)
     if json:
-        document = {**dataclasses.asdict(found), "predictions": json_module.loads(
-            table.to_json(orient="records"))}  # fmt: skip
-        typer.echo(json_module.dumps(document, default=str))
+        plan = {"budget_flops": flops, **dataclasses.asdict(found), "predictions": table}
+        typer.echo(json_text(plan))
         return
     rows: list[dict[Any, Any]] = table.to_dict("records")
+    typer.echo(f"Budget: {flops:,.0f} FLOPs")
     for line in _lines(found, rows):
         typer.echo(line)
     if out is not None and found.proposals:
@@ -81,7 +83,8 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     lines += [
         f"  {row['target_id']}: peak LR {format_lr(row['lr'])} "
         f"({format_interval(row['lr_q05'], row['lr_q95'])}), expected regret "
-        f"{row['regret_mean']:.2g} nats, as much as {100 * row['extra_tokens']:.2g} % more tokens"
+        f"{row['regret_mean']:.2g} nats, as much as {more_tokens(row['extra_tokens'], '{:.2g} %')} "
+        "more tokens"
         for row in predictions
     ]
     if not found.proposals:
@@ -92,7 +95,7 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
             str(p.spec.shape.get("name", format_quantity(p.spec.n_active))),
             format_quantity(p.spec.tokens), format_quantity(p.spec.batch_tokens),
             f"{format_lr(p.spec.lr)}{'*' if p.repeat else ''}", format_quantity(p.flops),
-            f"{p.saves_nats:.2g}", format_quantity(p.saves_flops), f"{100 * p.p_diverge:.0f} %",
+            f"{p.saves_nats:.2g}", format_quantity(p.saves_flops), risk(p.p_diverge, "{:.0f} %"),
         )
         for p in found.proposals
     ]  # fmt: skip
@@ -110,6 +113,6 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     return [
         *lines, "",
         f"{runs}, {format_quantity(cost)} FLOPs, would save an expected {format_quantity(saved)} "
-        f"FLOPs at the targets: their regret by the best choice falls from {found.regret_now:.2g} "
-        f"to {found.regret_after:.2g} nats. Then stop: {found.stop_reason}.",
+        "FLOPs at the targets: their mean regret, were valleys plain parabolas, falls from "
+        f"{found.regret_now:.2g} to {found.regret_after:.2g} nats. Then stop: {found.stop_reason}.",
     ]  # fmt: skip

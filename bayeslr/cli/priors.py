@@ -43,6 +43,7 @@ def show(
     """Every prior with its source, and the LR interval that the card implies for a target."""
     from bayeslr.predict import predict, prior_posterior
     from bayeslr.priors import PARAMETERS, load_prior
+    from bayeslr.runs.files import json_text
 
     prior = load_prior(card)
     if n_total is None:
@@ -64,7 +65,7 @@ def show(
             },
             "implied": table.to_dict("records")[0],
         }  # fmt: skip
-        typer.echo(json_module.dumps(document))
+        typer.echo(json_text(document))
         return
     typer.echo(f"{prior.name}: {prior.title} ({prior.date}; sha256 {prior.sha256[:12]})")
     typer.echo("Holds for: " + ", ".join(f"{k} {v}" for k, v in prior.holds_for.items()))
@@ -83,9 +84,16 @@ def show(
 
 
 @priors_app.command()
-def check(card: CardArgument) -> None:
+def check(card: CardArgument, json: JsonOption = False) -> None:
     """Read a card, and say what is wrong with it."""
     from bayeslr.priors import load_prior
 
     prior = load_prior(card)
+    if json:
+        facts = {
+            "name": prior.name, "title": prior.title, "sha256": prior.sha256,
+            "parameters": len(prior.parameters),
+        }  # fmt: skip
+        typer.echo(json_module.dumps(facts))
+        return
     typer.echo(f"{prior.name} is in order: {len(prior.parameters)} parameters, {prior.title}")

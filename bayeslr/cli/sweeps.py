@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayeslr.errors import UntrustworthyFit
+from bayeslr.errors import SpecError, UntrustworthyFit
 
 if TYPE_CHECKING:
     from bayeslr.loop import SweepResult
@@ -68,16 +68,22 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the space, its cost and the first runs.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --dry-run: print JSON on standard output.")
+    ] = False,
 ) -> None:
     """The closed loop: ask, train, tell, refit, stop. Resumes where it was killed."""
     from bayeslr.loop import describe, open_recipe
     from bayeslr.loop import sweep as run_sweep
 
+    if as_json and not dry_run:
+        raise SpecError("--json goes with --dry-run; a sweep that runs: bayeslr status --json")
     opened = open_recipe(recipe)
     if strategy is not None:
         opened = dataclasses.replace(opened, strategy=strategy)
     if dry_run:
-        _print_description(describe(opened))
+        plan = describe(opened)
+        _echo(json.dumps(plan, indent=2)) if as_json else _print_description(plan)
         return
     stop_on_sigterm()
     folder = _folder(opened.name, out, strategy)

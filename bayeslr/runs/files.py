@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +202,31 @@ def _json_values(values: pd.Series[Any]) -> list[Any]:
     missing = values.isna()
     plain = [v if isinstance(v, bool | int | float | str) else str(v) for v in values.tolist()]
     return [None if gone else value for value, gone in zip(plain, missing, strict=True)]
+
+
+def json_text(document: Any, *, indent: int | None = None) -> str:
+    """Valid JSON of a document that may hold tables (as lists of rows) and NumPy's numbers.
+
+    Numbers keep all their digits; NaN, infinities and missing values are null; anything else is
+    its text.
+    """
+    return json.dumps(_json_safe(document), indent=indent, allow_nan=False)
+
+
+def _json_safe(value: Any) -> Any:
+    if isinstance(value, pd.DataFrame):
+        value = value.to_dict("records")
+    elif isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, Mapping):
+        return {str(key): _json_safe(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_safe(entry) for entry in value]
+    if value is None or value is pd.NA or value is pd.NaT:
+        return None
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, bool | int | str) else str(value)
 
 
 def write_atomically(path: Path, content: bytes) -> None:
