@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,7 +15,7 @@ pytest.importorskip("optuna")
 from typer.testing import CliRunner, Result
 
 from bayeslr.cli import app
-from bayeslr.errors import BayeslrError
+from bayeslr.errors import BayeslrError, UntrustworthyFit
 from tests import fakes
 from tests.fakes import toy_recipe, write_recipe
 
@@ -50,10 +52,27 @@ def test_status_in_words_and_in_json(recipe: Path, tmp_path: Path) -> None:
     words = bayeslr("status", tmp_path / "out")
     assert "sweep toy: stopped" in words.stdout
     assert "runs: 7 ok" in words.stdout
-    assert "prediction after 6 runs: big lr" in words.stdout
+    assert "prediction after 7 runs: big lr" in words.stdout
+    assert "the last fit: so so" in words.stdout
     document = json.loads(bayeslr("status", tmp_path / "out", "--json").stdout)
     assert document["runs"] == {"ok": 7}
     assert document["stop"]["kind"] == "max_runs"
+
+
+def test_a_last_fit_that_fails_its_gate_says_what_can_be_done(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unmixed(*words: Any, **rest: Any) -> Any:
+        return dataclasses.replace(fakes.fit(*words, **rest), trustworthy=False)
+
+    monkeypatch.setattr(sys.modules["bayeslr.sampling"], "fit", unmixed)
+    out = tmp_path / "out"
+    done = bayeslr("sweep", recipe, "--out", out)
+    assert isinstance(done.exception, UntrustworthyFit)
+    command = f"bayeslr fit {out / 'runs.parquet'} --prior moe-default --draws 4000 -o {out}"
+    assert command in done.stderr
+    assert "raise budget_flops or max_runs" in done.stderr
+    assert command in bayeslr("status", out).stdout
 
 
 def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:

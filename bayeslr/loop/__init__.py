@@ -31,7 +31,7 @@ from typing import Any
 
 from bayeslr.errors import SpecError, StorageError
 from bayeslr.loop.ending import SweepResult as SweepResult
-from bayeslr.loop.ending import conclude, train_target
+from bayeslr.loop.ending import advice, conclude, train_target
 from bayeslr.loop.planning import Planner, ask_again, first_runs
 from bayeslr.loop.status import status_of
 from bayeslr.loop.validation import validation_runs
@@ -107,10 +107,9 @@ def sweep(
                 progress=progress,
             ).run()
             progress(f"stopped: {stop.reason}")
-            trials = study.trials()
+            result = conclude(study, recipe, runner, out, stop, progress)
         finally:
             study.close()
-        result = conclude(recipe, runner, out, trials, stop, progress)
         if recipe.validate_target:
             validation = train_target(result, runner, storage, progress)
             result = dataclasses.replace(result, validation=validation)
@@ -122,6 +121,8 @@ def sweep(
             targets=targets_of(recipe, runner),
             validation=lines,
         )
+        if not result.posterior.trustworthy:
+            progress(f"The last fit failed its checks. What helps: {advice(recipe, out)}")
         return result
 
 

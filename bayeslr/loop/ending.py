@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,9 @@ _FREE_SECONDS, _SHARE_OF_TRAINING = 60.0, 0.1
 """The refit without the largest cells takes about as long as the last fit. It is made where that
 took no longer than this, or than this share of the time the runs took."""
 
+_MORE_DRAWS = 4000
+"""Draws a chain to try where those of a sweep (500, `sampling.fit`) were too few."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
@@ -48,14 +52,10 @@ class SweepResult:
 
 
 def conclude(
-    recipe: Recipe,
-    runner: Runner,
-    out: Path,
-    trials: Sequence[Trial],
-    stop: Stop,
-    progress: Progress,
+    study: Study, recipe: Recipe, runner: Runner, out: Path, stop: Stop, progress: Progress
 ) -> SweepResult:
-    """Last fit and predictions of a sweep that has stopped."""
+    """Last fit and predictions of a sweep that has stopped; the study keeps what they say."""
+    trials = study.trials()
     if not any(t.state in ("ok", "diverged") for t in trials):
         reasons = {t.status_reason for t in trials if t.finished and not t.void}
         raise DataError(
@@ -75,6 +75,15 @@ def conclude(
     posterior.save(out / "fit")
     predictions = predict(posterior, targets_of(recipe, runner))
     write_atomically(out / "predictions.csv", predictions.to_csv(index=False).encode())
+    study.set_note(
+        "prediction",
+        {
+            "runs": len([t for t in trials if not t.void]),
+            "targets": predictions.to_dict("records"),
+            "verdict": str(posterior.info["verdict"]),
+            "advice": "" if posterior.trustworthy else advice(recipe, out),
+        },
+    )
     return SweepResult(
         recipe=recipe,
         out=out,
@@ -84,6 +93,17 @@ def conclude(
         stop=stop,
         spent_flops=math.fsum(t.flops for t in trials),
         early=early_ends(trials, posterior),
+    )
+
+
+def advice(recipe: Recipe, out: Path) -> str:
+    """What can be done about a last fit that failed its gate."""
+    runs, folder = (shlex.quote(str(out / name)) for name in ("runs.parquet", "fit-more-draws"))
+    prior = shlex.quote(str(recipe.prior))
+    return (
+        f"more draws from the same runs: `bayeslr fit {runs} --prior {prior} --draws "
+        f"{_MORE_DRAWS} -o {folder}`; or more runs: raise budget_flops or max_runs in the recipe "
+        "and repeat the command of the sweep"
     )
 
 

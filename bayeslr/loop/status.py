@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from bayeslr.errors import DataError
 from bayeslr.loop.early import EarlyEnds, early_ends
-from bayeslr.loop.planning import rows_of, table_of
+from bayeslr.loop.planning import prediction_line, rows_of, table_of
 from bayeslr.runner_protocol import Study, Trial
 from bayeslr.runs import first_reasons
 from bayeslr.specs import Recipe
-from bayeslr.units import counted, format_interval, format_lr, format_quantity
+from bayeslr.units import counted, format_quantity
 
 
 def status_of(study: Study) -> dict[str, Any]:
@@ -96,9 +96,20 @@ def status_lines(status: dict[str, Any]) -> list[str]:
         lines.append(f"running: {run['run_id']} by {run['owner']}, last seen {seen}{alive}")
     lines += [f"{run['state']}: {run['run_id']}: {run['reason']}" for run in status["failed"]]
     if status["prediction"] is not None:
-        for row in status["prediction"]["targets"]:
-            lines.append(
-                f"prediction after {status['prediction']['runs']} runs: {row['target_id']} "
-                f"lr {format_lr(row['lr'])} ({format_interval(row['lr_q05'], row['lr_q95'])})"
-            )
+        lines += _prediction_lines(status["prediction"])
+    return lines
+
+
+def _prediction_lines(prediction: Mapping[str, Any]) -> list[str]:
+    """Of the last fit, which has a verdict, or of the one that chose the newest runs."""
+    lines = []
+    for row in prediction["targets"]:
+        if row["lr"] is None:  # the study keeps null for a number that is not finite
+            lines.append(f"prediction: none for {row['target_id']}")
+        else:
+            lines.append(f"prediction {prediction_line(row, prediction['runs'])}")
+    if "verdict" in prediction:
+        lines.append(f"the last fit: {prediction['verdict']}")
+    if prediction.get("advice"):
+        lines.append(f"what helps: {prediction['advice']}")
     return lines
