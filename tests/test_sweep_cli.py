@@ -113,6 +113,7 @@ def test_a_worker_joins_by_folder(recipe: Path, tmp_path: Path) -> None:
     [
         (["sweep", "no-such-recipe"], "recipe no-such-recipe does not exist"),
         (["status", "no-such-folder"], "is that the folder of a sweep"),
+        (["status", "sqlite:///no-such.db", "--study", "x"], "is that the database of a sweep"),
         (["worker", "--storage", "no-such", "--study", "x"], "is that the folder of a sweep"),
     ],
 )

@@ -93,7 +93,7 @@ def open_study(storage_url: str | None, name: str, out_dir: Path, recipe: Recipe
         Any Optuna storage URL, ``journal:///path/to/file``, or None for a journal file in
         ``out_dir``.
     name
-        Study name, shared by all workers.
+        Study name, shared by all workers. An empty one is refused, with the names there are.
     out_dir
         Folder of the sweep.
     recipe
@@ -102,29 +102,36 @@ def open_study(storage_url: str | None, name: str, out_dir: Path, recipe: Recipe
     Raises
     ------
     StorageError
-        The storage cannot be reached, or the study does not exist.
+        The storage cannot be reached, or the study does not exist. Joining creates nothing.
     """
     storage = _open_storage(storage_url, out_dir, create=recipe is not None)
     studies = {study.study_name: study._study_id for study in storage.get_all_studies()}
     if recipe is None and name not in studies:
         known = sorted(n for n in studies if not n.endswith(".claims"))
-        raise StorageError(
-            f"no study named {name!r} in {mask_password(storage_url) or out_dir / JOURNAL_FILE}; "
-            f"studies there: {', '.join(known) or 'none'}"
+        place = mask_password(storage_url) or out_dir / JOURNAL_FILE
+        wrong = (
+            f"no study named {name!r} in {place}" if name else f"name a study of {place} (--study)"
         )
+        raise StorageError(f"{wrong}; studies there: {', '.join(known) or 'none'}")
     study_id = _study_id(storage, name)
+    if recipe is None:
+        _require_schema(storage, study_id, name)
     claims_id = _study_id(storage, f"{name}.claims")
     sweep = Sweep(storage, study_id, claims_id)
     if recipe is not None and sweep.note("schema") is None:
         sweep.set_recipe(recipe)
         sweep.set_note("schema", SCHEMA)
-    schema = sweep.note("schema")
+    _require_schema(storage, study_id, name)
+    return sweep
+
+
+def _require_schema(storage: BaseStorage, study_id: int, name: str) -> None:
+    schema = _patiently(lambda: storage.get_study_user_attrs(study_id)).get("schema")
     if schema != SCHEMA:
         raise StorageError(
             f"study {name!r} has schema {schema!r}, this version of bayeslr reads {SCHEMA}; "
             "it was not made by `bayeslr sweep`, or by another version of it"
         )
-    return sweep
 
 
 def _open_storage(url: str | None, out_dir: Path, *, create: bool) -> BaseStorage:
@@ -141,6 +148,9 @@ def _open_storage(url: str | None, out_dir: Path, *, create: bool) -> BaseStorag
             ) from error
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.startswith("sqlite"):
+        database = _sqlite_path(url)
+        if not create and database is not None and not database.exists():
+            raise StorageError(f"{database} does not exist; is that the database of a sweep?")
         options = {"connect_args": {"timeout": BUSY_SECONDS}}
     try:
         with _quiet():
@@ -153,6 +163,18 @@ def _open_storage(url: str | None, out_dir: Path, *, create: bool) -> BaseStorag
     except Exception as error:
         reason = str(error.__cause__ or error).strip().splitlines()[0]
         raise StorageError(f"cannot open storage {mask_password(url)}: {reason}") from error
+
+
+def _sqlite_path(url: str) -> Path | None:
+    """File of an SQLite URL; None if it names none."""
+    from sqlalchemy.engine import make_url  # slow to load, and a journal does without
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        database = make_url(url).database
+    except ArgumentError:
+        return None
+    return None if not database or database.startswith((":", "file:")) else Path(database)
 
 
 def _open_database(url: str, options: dict[str, Any]) -> BaseStorage:

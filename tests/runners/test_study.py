@@ -340,3 +340,22 @@ def test_the_budget_holds_whoever_asks(kind: str, num_workers: int, tmp_path: Pa
     # 14 runs fit; a worker alone asks for ten. Workers that ask at the same instant may each be
     # refused for the other's sake, and here they do not ask again.
     assert 10 <= len(made) <= 14
+
+
+def test_joining_creates_no_database(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"zz\.db does not exist; is that the database"):
+        open_study(f"sqlite:///{tmp_path}/zz.db", "toy", tmp_path, None)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_study_must_be_named(storage: str | None, opened: Sweep, tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"name a study of .* \(--study\); studies there: toy"):
+        open_study(storage, "", tmp_path, None)
+
+
+def test_joining_leaves_another_tools_study_as_it_was(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/theirs.db"
+    optuna.create_study(storage=url, study_name="theirs")
+    with pytest.raises(StorageError, match="was not made by `bayeslr sweep`"):
+        open_study(url, "theirs", tmp_path, None)
+    assert optuna.get_all_study_names(url) == ["theirs"]
