@@ -5,17 +5,18 @@
     {"op": "choose", "runs": [row, ...], "tables": [path, ...], "prior": card, "seed": 1,
      "candidates": [run spec, ...], "flops": [...], "targets": [target, ...], "num_runs": 1,
      "choice_seed": 7}
-        -> {"chosen": [index, ...], "reasons": [...], "regret_now": nats, "verdict": "..."}
+        -> {"chosen": [index, ...], "reasons": [...], "stop_reason": "...", "regret_now": nats,
+            "verdict": "..."}
     {"op": "predict", "runs": [...], "tables": [...], "prior": card, "seed": 1, "targets": [...]}
         -> {"predictions": [row, ...], "verdict": "..."}
 
 ``runs`` are rows of the run table, ``tables`` files of them. What went wrong is answered by
-{"error": "..."}. The last posterior is kept: two requests about the same runs fit once.
+{"error": "..."}; what is no finite number is null. The last posterior is kept: two requests about
+the same runs fit once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import sys
@@ -27,8 +28,9 @@ from bayeslr import acquire, predict, sampling
 from bayeslr.errors import BayeslrError, SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.runs import concat, make_table, read_runs
+from bayeslr.runs.files import json_text
 from bayeslr.space import Candidate
-from bayeslr.specs import RunSpec, Target, check_keys
+from bayeslr.specs import RunSpec, Spec, Target, make_spec
 
 _ALWAYS = ("runs", "prior", "seed", "targets")
 _NEEDED = {
@@ -51,44 +53,81 @@ class Server:
             raise SpecError(f"op must be choose or predict, got {op!r}")
         if missing := [name for name in _NEEDED[op] if name not in request]:
             raise SpecError(f"not a request: {missing[0]} is missing")
-        targets = [_target(raw) for raw in request["targets"]]
+        targets = _specs(Target, request, "targets")
+        if not targets:
+            raise SpecError("targets must hold at least one target, got none")
+        candidates, num_runs, choice_seed = [], 0, 0
+        if op == "choose":
+            candidates = _candidates(request)
+            num_runs, choice_seed = _whole(request, "num_runs", 1), _whole(request, "choice_seed")
         posterior = self._fit(request)
         verdict = str(posterior.info["verdict"])
         if op == "predict":
-            table = predict.predict(posterior, targets)
-            return {"predictions": json.loads(table.to_json(orient="records")), "verdict": verdict}
-        candidates = [
-            Candidate(spec=RunSpec.from_json(json.dumps(raw)), flops=float(flops))
-            for raw, flops in zip(request["candidates"], request["flops"], strict=True)
-        ]
+            return {"predictions": predict.predict(posterior, targets), "verdict": verdict}
         plan = acquire.choose(
-            posterior, candidates, targets, num_runs=int(request["num_runs"]),
-            budget_flops=math.inf, seed=int(request["choice_seed"]), only_paying=False,
+            posterior, candidates, targets, num_runs=num_runs,
+            budget_flops=math.inf, seed=choice_seed, only_paying=False,
         )  # fmt: skip
         place = {id(c.spec): i for i, c in enumerate(candidates)}
         return {
             "chosen": [place[id(p.spec)] for p in plan.proposals],
             "reasons": [p.reason for p in plan.proposals],
+            "stop_reason": plan.stop_reason,
             "regret_now": plan.regret_now,
             "verdict": verdict,
         }
 
     def _fit(self, request: Mapping[str, Any]) -> Posterior:
-        parts = [make_table(request["runs"], source="the study")] if request["runs"] else []
-        parts += [read_runs(path) for path in request.get("tables", ())]
+        rows, paths = _list(request, "runs", dict, "JSON objects"), []
+        if "tables" in request:
+            paths = _list(request, "tables", str, "paths")
+        prior, seed = request["prior"], _whole(request, "seed")
+        if not isinstance(prior, str):
+            raise SpecError(f"prior must be the name of a card or the path of one, got {prior!r}")
+        parts = [make_table(rows, source="the study")] if rows else []
+        parts += [read_runs(path) for path in paths]
         if not parts:
             raise SpecError("a request needs runs, or tables of them")
         table = concat(parts) if len(parts) > 1 else parts[0]
-        key = (table.data_hash, str(request["prior"]), int(request["seed"]))
+        key = (table.data_hash, prior, seed)
         if self._posterior is None or key != self._key:
             self._posterior = sampling.fit(table, key[1], seed=key[2], fast=True)
             self._key = key
         return self._posterior
 
 
-def _target(raw: Mapping[str, Any]) -> Target:
-    check_keys(raw, [f.name for f in dataclasses.fields(Target)], "a target")
-    return Target(**raw)
+def _list(request: Mapping[str, Any], name: str, kind: type, what: str) -> list[Any]:
+    found = request[name]
+    if not isinstance(found, list):
+        raise SpecError(f"{name} must be a list of {what}, got {found!r:.80}")
+    for i, entry in enumerate(found):
+        if not isinstance(entry, kind):
+            raise SpecError(f"{name} must be a list of {what}, got {entry!r:.80} as {name}[{i}]")
+    return found
+
+
+def _whole(request: Mapping[str, Any], name: str, least: int = 0) -> int:
+    value = request[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise SpecError(f"{name} must be a whole number, at least {least}, got {value!r:.80}")
+    return value
+
+
+def _specs(cls: type[Spec], request: Mapping[str, Any], name: str) -> list[Spec]:
+    raw = _list(request, name, dict, "JSON objects")
+    return [make_spec(cls, entry, f"{name}[{i}]") for i, entry in enumerate(raw)]
+
+
+def _candidates(request: Mapping[str, Any]) -> list[Candidate]:
+    specs, flops = _specs(RunSpec, request, "candidates"), request["flops"]
+    if not isinstance(flops, list) or len(flops) != len(specs):
+        count = f"{len(flops)} of them" if isinstance(flops, list) else repr(flops)
+        raise SpecError(f"flops must be {len(specs)} numbers, one a candidate, got {count}")
+    for i, value in enumerate(flops):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (number and math.isfinite(value) and value > 0):
+            raise SpecError(f"flops[{i}] must be a number > 0, got {value!r:.80}")
+    return [Candidate(spec=s, flops=float(f)) for s, f in zip(specs, flops, strict=True)]
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
@@ -109,7 +148,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
             traceback.print_exc()
             what = f"{type(error).__name__}: {error}"
             reply = {"error": f"inference failed, and that is a fault of bayeslr's: {what}"}
-        replies.write(json.dumps(reply, default=str) + "\n")
+        replies.write(json_text(reply) + "\n")
         replies.flush()
 
 

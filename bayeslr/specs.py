@@ -8,8 +8,9 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from bayeslr.errors import SpecError
 from bayeslr.units import parse_count, parse_quantity, train_flops
@@ -19,17 +20,31 @@ SCHEDULES = ("wsd", "cosine", "linear", "constant")
 WEIGHT_DECAY_KINDS = ("coupled", "independent")
 STRATEGIES = ("bayes", "random", "classical", "ladder", "d-optimal")
 
+Spec = TypeVar("Spec")
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise SpecError(message)
 
 
-def _positive(owner: object, *names: str) -> None:
+def _numbers(owner: object, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise SpecError(f"{name} must be a number, as in 1.3e9, got {value!r}")
+
+
+def _positive(owner: object, *names: str) -> None:
+    _numbers(owner, *names)
+    for name in names:
+        value = getattr(owner, name)
+        if not (math.isfinite(value) and value > 0):
             raise SpecError(f"{name} must be finite and > 0, got {value!r}")
+
+
+def _positive_if_given(owner: object, *names: str) -> None:
+    _positive(owner, *(name for name in names if getattr(owner, name) is not None))
 
 
 def check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
@@ -39,6 +54,21 @@ def check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> 
         raise SpecError(
             f"{where}: unknown key {unknown[0]!r}; allowed keys are {', '.join(sorted(allowed))}"
         )
+
+
+def make_spec(cls: type[Spec], raw: object, where: str) -> Spec:
+    """Spec from its JSON object. Raises: SpecError that names the key and what it must be."""
+    if not isinstance(raw, Mapping):
+        raise SpecError(f"{where} must be a JSON object, got {raw!r:.80}")
+    check_keys(raw, _field_names(cls), where)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = f.default is f.default_factory is dataclasses.MISSING
+        if required and f.name not in raw:
+            raise SpecError(f"{where}: key {f.name!r} is missing")
+    try:
+        return cls(**raw)
+    except (SpecError, TypeError) as error:
+        raise SpecError(f"{where}: {error}") from error
 
 
 def _field_names(cls: type) -> list[str]:
@@ -65,7 +95,23 @@ class Target:
     top_k: int | None = None
 
     def __post_init__(self) -> None:
-        _positive(self, "n_active", "n_total", "tokens", "batch_tokens", "seq_len")
+        _require(
+            isinstance(self.target_id, str) and self.target_id != "",
+            f"target_id must be a text that is not empty, got {self.target_id!r}",
+        )
+        _positive(self, "n_active", "n_total", "tokens", "batch_tokens")
+        _positive_if_given(self, "seq_len", "n_experts", "top_k")
+        for name in ("n_experts", "top_k"):
+            value = getattr(self, name)
+            _require(
+                value is None or value % 1 == 0,
+                f"target {self.target_id}: {name} must be a whole number, got {value!r}",
+            )
+        _require(
+            self.top_k is None or self.n_experts is None or self.top_k <= self.n_experts,
+            f"target {self.target_id}: top_k ({self.top_k}) must not exceed n_experts "
+            f"({self.n_experts})",
+        )
         _require(
             self.n_active <= self.n_total,
             f"target {self.target_id}: n_active ({self.n_active:.6g}) must not exceed "
@@ -124,6 +170,9 @@ class RunSpec:
 
     def __post_init__(self) -> None:
         _positive(self, "lr", "tokens", "batch_tokens", "n_active", "n_total", "seq_len")
+        _numbers(
+            self, "seed", "weight_decay", "warmup_tokens", "decay_fraction", "final_lr_fraction"
+        )
         _require(self.lr < 10, f"run {self.run_id}: lr is the peak LR itself, got {self.lr}")
         _require(
             self.batch_tokens <= self.tokens,
@@ -147,6 +196,11 @@ class RunSpec:
             0 <= self.warmup_tokens < self.tokens,
             f"run {self.run_id}: warmup_tokens must be in [0, tokens), got {self.warmup_tokens}",
         )
+        _require(
+            isinstance(self.decay_at, list | tuple)
+            and all(isinstance(t, Real) and not isinstance(t, bool) for t in self.decay_at),
+            f"run {self.run_id}: decay_at must be a list of token counts, got {self.decay_at!r}",
+        )
         branches = tuple(sorted({int(t) for t in self.decay_at} | {self.tokens}))
         _require(
             branches[0] > 0 and branches[-1] == self.tokens,
@@ -169,9 +223,11 @@ class RunSpec:
     @classmethod
     def from_json(cls, text: str) -> Self:
         """Inverse of `to_json`. Raises: SpecError on an unknown key or a broken rule."""
-        raw = json.loads(text)
-        check_keys(raw, _field_names(cls), "run spec")
-        return cls(**{**raw, "decay_at": tuple(raw.get("decay_at", ()))})
+        try:
+            raw = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise SpecError(f"run spec is not valid JSON: {error}") from error
+        return make_spec(cls, raw, "run spec")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -251,7 +307,8 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _positive(self, "budget_flops", "workers", "batch_runs", "max_runs", "start_runs")
+        _positive(self, "budget_flops", "workers", "batch_runs", "start_runs")
+        _positive_if_given(self, "max_runs")
         _require(len(self.targets) > 0, f"recipe {self.name}: at least one [[targets]] is needed")
         _require(
             self.strategy in STRATEGIES,

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from bayeslr.errors import SpecError
@@ -77,6 +78,31 @@ def test_target_names_the_broken_rule(change: dict[str, Any], message: str) -> N
         Target(**{**TARGET, **change})
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_id": ""}, "target_id must be a text that is not empty, got ''"),
+        ({"target_id": 3}, "target_id must be a text that is not empty, got 3"),
+        ({"n_active": "1.3B"}, "n_active must be a number, as in 1.3e9, got '1.3B'"),
+        ({"n_active": True}, "n_active must be a number, as in 1.3e9, got True"),
+        ({"tokens": None}, "tokens must be a number, as in 1.3e9, got None"),
+        ({"seq_len": "2k"}, "seq_len must be a number"),
+        ({"n_experts": 0}, "n_experts must be finite and > 0, got 0"),
+        ({"top_k": -1}, "top_k must be finite and > 0, got -1"),
+        ({"top_k": True}, "top_k must be a number"),
+        ({"n_experts": 7.5}, "target big: n_experts must be a whole number, got 7.5"),
+        ({"n_experts": 8, "top_k": 9}, r"top_k \(9\) must not exceed n_experts \(8\)"),
+    ],
+)
+def test_target_refuses_what_is_no_count(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        Target(**{**TARGET, **change})
+
+
+def test_target_takes_numbers_of_numpy() -> None:
+    assert Target(**{**TARGET, "n_active": np.float64(1e9), "top_k": np.int64(2)}).top_k == 2
+
+
 def test_specs_are_frozen_and_keyword_only() -> None:
     target = Target(**TARGET)
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -115,6 +141,19 @@ def test_run_spec_survives_json() -> None:
     text = spec.to_json()
     assert "\n" not in text
     assert RunSpec.from_json(text) == spec
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "run spec is not valid JSON"),
+        ("[]", r"run spec must be a JSON object, got \[\]"),
+        ("{}", "run spec: key 'run_id' is missing"),
+    ],
+)
+def test_run_spec_of_broken_json(text: str, message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        RunSpec.from_json(text)
 
 
 def test_run_spec_rejects_an_unknown_key() -> None:

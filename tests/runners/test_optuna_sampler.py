@@ -208,7 +208,7 @@ def test_the_server_answers_and_says_what_is_wrong(monkeypatch: pytest.MonkeyPat
     assert "targets is missing" in rest[1]["error"]
     assert "op must be" in rest[2]["error"]
     assert "not a request" in rest[3]["error"]
-    assert "fault of bayeslr" in rest[4]["error"]
+    assert "runs must be a list of JSON objects, got 3" in rest[4]["error"]
 
 
 @pytest.mark.slow
