@@ -296,6 +296,34 @@ def test_a_trainer_that_never_works_stops_the_sweep(tmp_path: Path) -> None:
     assert any("failed: " in line and "no GPU here" in line for line in status_lines(status))
 
 
+@pytest.mark.parametrize("loss", ["0.0", "3000.0"])
+def test_a_trainer_whose_losses_break_a_rule_stops_the_sweep(tmp_path: Path, loss: str) -> None:
+    with pytest.raises(DataError, match=r"no run came to anything.*break a rule of the run table"):
+        sweep(tmp_path, options__argv=scheduled(loss))
+    states = [state for state, _ in finished_runs(tmp_path).values()]
+    assert states == ["failed"] * 6
+    status = open_status(str(tmp_path))
+    assert status["stop"]["kind"] == "failures"
+    assert f"got '{loss}'" in status["stop"]["reason"]
+
+
+def test_runs_that_broke_a_rule_are_made_again_from_nothing(tmp_path: Path) -> None:
+    marker, out = tmp_path / "mended", tmp_path / "out"
+    changes: dict[str, Any] = {
+        "options__argv": scheduled(f"loss_of(spec, tokens) * Path({str(marker)!r}).exists()"),
+        "sweep__max_runs": 12,
+        "sweep__budget_flops": 24e12,
+    }
+    with pytest.raises(DataError, match="loss must be > 0"):
+        sweep(out, **changes)
+    marker.touch()
+    sweep(out, **changes, _retry=True)
+    study = open_study(None, "toy", out, None)
+    assert [t.state for t in study.trials()] == ["failed"] * 6 + ["ok"] * 6
+    study.close()
+    assert len(list((out / "runs").glob("*.failed-1"))) == 6
+
+
 def test_failed_runs_are_made_again_with_retry(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -9,10 +10,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from bayeslr.loop.children import MAX_PARTIAL_ROWS, Child, complete, judge, parse_rows
+from bayeslr.loop.children import (
+    MAX_PARTIAL_ROWS,
+    Child,
+    complete,
+    judge,
+    parse_rows,
+    require_rules,
+)
 from bayeslr.runner_protocol import RECORDS_FILE
 from bayeslr.specs import RunSpec
 
@@ -125,6 +134,27 @@ def test_divergence_keeps_what_was_measured_before(tmp_path: Path) -> None:
     verdict = judge(SPEC, tmp_path)
     assert (verdict.state, verdict.share) == ("diverged", 0.7)
     assert [r["status"] for r in verdict.rows] == ["ok", "diverged"]
+
+
+@pytest.mark.parametrize(
+    ("last", "state", "rule"),
+    [
+        ({"loss": 2.5}, "ok", ""),
+        ({"loss": 0.0}, "failed", "loss must be > 0, got '0.0'"),
+        ({"loss": 3000.0}, "failed", "not far above ln(vocabulary)"),
+        ({"loss": None}, "diverged", ""),
+    ],
+)
+def test_a_run_whose_end_breaks_a_rule_has_failed(
+    tmp_path: Path, last: dict[str, Any], state: str, rule: str
+) -> None:
+    start = {"tokens": 0, "loss": 9.0}  # a checkpoint that the run table sets aside
+    spec = dataclasses.replace(SPEC, n_active=10_000, n_total=20_000)
+    record(tmp_path, start, {"tokens": 500, "loss": 3.0}, {"tokens": 1000, **last})
+    verdict = require_rules(spec, judge(spec, tmp_path))
+    assert (verdict.state, verdict.rows[-1]["status"]) == (state, state)
+    assert rule in verdict.reason
+    assert verdict.rows[-1].get("status_reason", verdict.reason) == verdict.reason
 
 
 def test_complete_records_outweigh_a_broken_exit(tmp_path: Path) -> None:

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
+from bayeslr.errors import DataError
 from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE, spec_row
-from bayeslr.runs import STATUSES
+from bayeslr.runs import STATUSES, first_reasons, make_table
 from bayeslr.runs.columns import RUN_KEYS, SHAPE_KEYS
 from bayeslr.specs import RunSpec
 
@@ -233,9 +234,36 @@ def judge(
                 f"the first: {broken[0]})"
             )
     state = "lost" if preempted else "failed"
-    end = {**spec_row(spec), "tokens": max(1.0, share * spec.tokens), "loss": None}
-    end |= {"status": state, "status_reason": failure}
+    end = _end_row(spec, share, state, failure)
     return Verdict(state=state, reason=failure, rows=(*_thinned(rows), end), share=share)
+
+
+def require_rules(spec: RunSpec, verdict: Verdict) -> Verdict:
+    """The same verdict, or that the run failed, for the run table sets aside how it ended.
+
+    Checkpoints are left to the quarantine: a run without one of them is a run all the same.
+    """
+    if verdict.state not in ("ok", "diverged", "pruned") or not (why := _set_aside(verdict.rows)):
+        return verdict
+    reason = f"its records break a rule of the run table: {why}"
+    end = _end_row(spec, verdict.share, "failed", reason)
+    return Verdict(state="failed", reason=reason, rows=(*verdict.rows, end), share=verdict.share)
+
+
+def _set_aside(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Why the run table sets aside rows that are no checkpoints; empty if it takes them all."""
+    try:
+        quarantine = make_table(rows, source="records").quarantine
+    except DataError as error:  # no row is left
+        return " ".join(str(error).split())
+    ends = [line for line, row in enumerate(rows, start=1) if row["status"] != "partial"]
+    broken = quarantine[quarantine["line"].isin(ends)]
+    return " ".join(first_reasons(broken, limit=1).split()) if len(broken) else ""
+
+
+def _end_row(spec: RunSpec, share: float, state: str, reason: str) -> dict[str, Any]:
+    end = {**spec_row(spec), "tokens": max(1.0, share * spec.tokens), "loss": None}
+    return {**end, "status": state, "status_reason": reason}
 
 
 def ended_early(spec: RunSpec, run_dir: Path, reason: str) -> Verdict:
@@ -256,6 +284,14 @@ def ended_early(spec: RunSpec, run_dir: Path, reason: str) -> Verdict:
 def complete(spec: RunSpec, run_dir: Path) -> bool:
     """Whether the records say all there is to say: a killed sweep had not told its study yet."""
     return judge(spec, run_dir).state in ("ok", "diverged")
+
+
+def put_away(run_dir: Path) -> None:
+    """Keep the folder of a run under another name, so that the run begins from nothing."""
+    number = 1
+    while (kept := run_dir.with_name(f"{run_dir.name}.failed-{number}")).exists():
+        number += 1
+    run_dir.rename(kept)
 
 
 def write_rows(run_dir: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from bayeslr.errors import SpecError
-from bayeslr.loop.children import Child, Verdict, complete, ended_early, judge, write_rows
+from bayeslr.loop.children import (
+    Child,
+    Verdict,
+    complete,
+    ended_early,
+    judge,
+    put_away,
+    require_rules,
+    write_rows,
+)
 from bayeslr.loop.early import hopeless
 from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
 from bayeslr.specs import RunSpec
@@ -174,6 +183,7 @@ class Worker:
         self._tell(number, child.spec, verdict, child.wall_s)
 
     def _tell(self, number: int, spec: RunSpec, verdict: Verdict, wall_s: float) -> None:
+        verdict = require_rules(spec, verdict)
         reserved = self._runner.flops(spec)
         # Nothing recorded proves nothing spent: then the reservation counts in full.
         spent = reserved * (verdict.share or 1.0)
@@ -264,6 +274,8 @@ class Worker:
         run_dir = self._runs_dir / spec.run_id
         self._starts[number] = self._starts.get(number, 0) + 1
         recorded = isinstance(self._runner, RecordedRunner)
+        if self._failed_whole(spec, run_dir):
+            put_away(run_dir)
         if complete(spec, run_dir):  # a worker was killed before it could tell
             self._tell(number, spec, judge(spec, run_dir, recorded=recorded), 0.0)
         elif isinstance(self._runner, RecordedRunner):
@@ -271,6 +283,17 @@ class Worker:
         else:
             self._children[number] = Child(spec, run_dir, self._runner.command(spec, run_dir))
             self._progress(f"training {len(self._children)} run(s)", transient=True)
+
+    def _failed_whole(self, spec: RunSpec, run_dir: Path) -> bool:
+        """Whether the run is made again, for what it recorded from start to end broke a rule.
+
+        Its checkpoint is at the end: the trainer would have nothing to add.
+        """
+        if not complete(spec, run_dir):
+            return False
+        before = [t for t in self._study.trials() if t.spec.run_id == spec.run_id and t.finished]
+        failed = any(t.state == "failed" for t in before)
+        return failed and require_rules(spec, judge(spec, run_dir)).state == "failed"
 
     def _look_up(self, runner: RecordedRunner, number: int, spec: RunSpec, run_dir: Path) -> None:
         failure = ""
