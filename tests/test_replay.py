@@ -244,6 +244,10 @@ def test_copying_brackets_the_best_run(pool: Pool) -> None:
     assert (table["lr_q95"] >= best * 2 / 1.001).all()
 
 
+def test_our_strategy_has_the_name_that_sweeps_give_it_too() -> None:
+    assert library.strategies("bayes") == library.strategies("bayeslr")
+
+
 def test_an_unknown_strategy_lists_what_there_is() -> None:
     with pytest.raises(SpecError, match="there are all, bayeslr, random"):
         library.strategies("best")
@@ -300,6 +304,19 @@ def test_a_truth_without_a_target_is_refused(tmp_path: Path, truth: pd.DataFrame
     targets = read_targets(tmp_path / "targets.csv")
     with pytest.raises(DataError, match=f"t{2**19}"):
         library.read_truth(tmp_path / "truth.csv", targets)
+
+
+@pytest.mark.usefixtures("quick_fit")
+def test_the_targets_that_were_asked_for_are_scored(tmp_path: Path, truth: pd.DataFrame) -> None:
+    words = files(tmp_path, truth)
+    targets = pd.read_csv(tmp_path / "targets.csv").iloc[:1].assign(target_id=7)
+    targets.to_csv(tmp_path / "targets.csv", index=False)
+    first = truth["target_id"] == truth["target_id"].iloc[0]
+    truth.assign(target_id=np.where(first, 7, 8)).to_csv(tmp_path / "truth.csv", index=False)
+    done = CliRunner().invoke(app, [*words, "--strategy", "classical", "--seeds", "1"])
+    assert done.exit_code == 0, done.output
+    assert "also holds 1 target that --targets does not" in done.stderr
+    assert "failed" not in done.stderr
 
 
 def test_a_raw_step_law_table_is_recognised(tmp_path: Path) -> None:

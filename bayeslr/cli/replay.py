@@ -12,6 +12,7 @@ import typer
 
 from bayeslr.cli.sweeps import Lines
 from bayeslr.errors import SpecError
+from bayeslr.units import counted
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -56,10 +57,16 @@ def replay(
     for notice in notices:
         typer.echo(notice, err=True)
     wanted = read_targets(targets)
+    measured = library.read_truth(truth, wanted)
+    asked = measured["target_id"].isin([target.target_id for target in wanted])
+    if others := measured["target_id"][~asked].nunique():
+        typer.echo(
+            f"{truth} also holds {counted(others, 'target')} that --targets does not; not scored",
+            err=True,
+        )
     bench = library.Bench(
-        pool=library.read_pool(runs), targets=wanted, prior=prior,
-        truth=library.read_truth(truth, wanted),
-    )  # fmt: skip
+        pool=library.read_pool(runs), targets=wanted, prior=prior, truth=measured[asked]
+    )
     tasks = library.tasks_of(chosen, budget, range(1, seeds + 1))
     lines, rows = Lines(), []
     started = time.monotonic()

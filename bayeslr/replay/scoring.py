@@ -63,7 +63,8 @@ def read_truth(path: str | Path, targets: Sequence[Target]) -> pd.DataFrame:
         frame["diverged"] = frame["diverged"].astype(str).str.lower().isin(["true", "1", "1.0"])
     else:
         frame["diverged"] = False
-    known = set(frame.loc[~frame["diverged"], "target_id"].astype(str))
+    frame["target_id"] = frame["target_id"].astype(str)
+    known = set(frame.loc[~frame["diverged"], "target_id"])
     for target in targets:
         if target.target_id not in known:
             raise DataError(f"{path}: target {target.target_id!r} has no finished run to score it")
