@@ -92,6 +92,24 @@ def test_dry_run_writes_nothing(steplaw: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["steplaw.csv"]
 
 
+def test_dry_run_of_a_tracker_shows_what_is_missing(tmp_path: Path) -> None:
+    path = tmp_path / "wandb.csv"
+    path.write_text(
+        "Name,State,learning_rate,total_tokens,train_batch_size,val/loss\n"
+        "a,finished,0.001,2e9,262144,3.2\n"
+    )
+    words = ("import", "wandb", path, "-o", tmp_path / "x.csv", "--set", "n_active=1.3B")
+    stdout, _ = bayeslr(*words, "--dry-run")
+    assert "lr <- learning_rate" in stdout
+    assert "n_active <- 1300000000" in stdout
+    assert "run_id <- as the export tells it" in stdout
+    assert "0.001" in stdout
+    assert "missing: n_total, param_convention" in stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["wandb.csv"]
+    with pytest.raises(DataError, match="gives no n_total, param_convention"):
+        bayeslr(*words)
+
+
 def test_import_csv(steplaw: Path, tmp_path: Path) -> None:
     out = tmp_path / "runs.jsonl"
     flags = ["run_id=exp_name", "n_active=N", "n_total=N", "tokens=D", "batch_tokens=bs*2048",

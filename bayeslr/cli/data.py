@@ -12,6 +12,7 @@ from bayeslr.units import counted, format_quantity
 if TYPE_CHECKING:
     import pandas as pd
 
+    from bayeslr.importers.mapping import Preview
     from bayeslr.runs import RunTable
 
 import_app = typer.Typer(
@@ -74,7 +75,9 @@ def csv(
 ) -> None:
     """Any table with one run a row; columns are mapped by flags."""
     if dry_run:
-        _preview(path, family, mapping, constants)
+        from bayeslr.importers.csv import preview
+
+        _echo_preview(path, preview(path, family=family, mapping=mapping, constants=constants))
         return
     _import("csv", path, out, dry_run, family=family, mapping=mapping, constants=constants)
 
@@ -191,9 +194,16 @@ def quarantine_path(out: Path) -> Path:
 
 def _import(format_name: str, path: Path, out: Path, dry_run: bool, **options: Any) -> None:
     from bayeslr import importers
+    from bayeslr.importers.mapping import MissingColumns
     from bayeslr.runs import write_atomically
 
-    table = importers.read(format_name, str(path), **options)
+    try:
+        table = importers.read(format_name, str(path), **options)
+    except MissingColumns as error:
+        if not dry_run:
+            raise
+        _echo_preview(path, error.preview)
+        return
     typer.echo(f"{path}: {counted(len(table), 'row')} accepted")
     for name, rows in table.frame.groupby("family", sort=False):
         counts = ", ".join(f"{n} {s}" for s, n in rows["status"].value_counts().items())
@@ -211,10 +221,7 @@ def _import(format_name: str, path: Path, out: Path, dry_run: bool, **options: A
     typer.echo("dry run: nothing was written" if dry_run else f"written to {out}")
 
 
-def _preview(path: Path, family: str | None, mapping: list[str], constants: list[str]) -> None:
-    from bayeslr.importers.csv import preview
-
-    seen = preview(path, family=family, mapping=mapping, constants=constants)
+def _echo_preview(path: Path, seen: Preview) -> None:
     typer.echo(f"{path}: dry run, nothing is written\n")
     for ours, theirs in seen.mapped.items():
         typer.echo(f"  {ours} <- {theirs}")

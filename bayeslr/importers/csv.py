@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
-import pandas as pd
-
 from bayeslr.errors import DataError
-from bayeslr.importers.mapping import apply, parse_constants, parse_mapping, propose
+from bayeslr.importers.mapping import Preview, apply, parse_constants, parse_mapping, propose
 from bayeslr.runs import COLUMN_NAMES, REQUIRED_NAMES, Rows, RunTable, make_table, read_csv
-
-
-@dataclass(frozen=True, kw_only=True)
-class Preview:
-    """What an import would do, without any check of the rows.
-
-    mapped: our column to their text, as ``--map`` takes it. missing: required columns that have no
-    source yet. proposals: ``ours=theirs`` for some of those.
-    """
-
-    head: pd.DataFrame
-    mapped: dict[str, str]
-    missing: tuple[str, ...]
-    proposals: tuple[str, ...]
 
 
 def read(

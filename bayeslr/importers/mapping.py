@@ -15,6 +15,7 @@ import pandas as pd
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs import (
     ALIASES,
+    COLUMN_NAMES,
     COLUMNS,
     REQUIRED_NAMES,
     Rows,
@@ -125,6 +126,28 @@ class Plan:
         return _product(frame, source)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Preview:
+    """What an import would do, without any check of the rows.
+
+    mapped: our column to their text, as ``--map`` takes it. missing: required columns that have no
+    source yet. proposals: ``ours=theirs`` for some of those.
+    """
+
+    head: pd.DataFrame
+    mapped: dict[str, str]
+    missing: tuple[str, ...]
+    proposals: tuple[str, ...]
+
+
+class MissingColumns(DataError):
+    """Required columns have no source; ``preview`` shows what has one."""
+
+    def __init__(self, message: str, preview: Preview) -> None:
+        super().__init__(message)
+        self.preview = preview
+
+
 def plan(
     rows: Rows,
     *,
@@ -159,26 +182,35 @@ def plan(
 def finish(rows: Rows, made: Plan, given: Mapping[str, pd.Series[Any] | str]) -> RunTable:
     """Checked table. given: columns that the importer made itself; the user's word goes first.
 
-    Raises: DataError that names the required columns without a source.
+    Raises: MissingColumns that names the required columns without a source.
     """
     own = {n: v for n, v in given.items() if n not in made.sources and n not in made.constants}
     guessed = {name: source for name, source in made.guessed.items() if name not in own}
-    known = [*own, *guessed, *made.sources, *made.constants]
+    sources = {**guessed, **made.sources}
+    mapped = apply(rows, sources, made.constants, own)
+    known = [*own, *sources, *made.constants]
     missing = [name for name in REQUIRED_NAMES if name not in known]
     if missing:
         headers = [str(name) for name in rows.frame.columns]
-        likely = " ".join(f"--map {text}" for text in propose(headers, known))
-        told = f"Perhaps {likely}. " if likely else ""
-        raise DataError(
+        likely = propose(headers, known)
+        flags = " ".join(f"--map {text}" for text in likely)
+        told = f"Perhaps {flags}. " if flags else ""
+        ours = [n for n in COLUMN_NAMES if n in known]
+        told_by = {**dict.fromkeys(own, "as the export tells it"), **sources, **made.constants}
+        seen = Preview(
+            head=mapped.frame[ours].head(5), mapped={n: str(told_by[n]) for n in ours},
+            missing=tuple(missing), proposals=tuple(likely),
+        )  # fmt: skip
+        raise MissingColumns(
             f"{made.place} gives no {', '.join(missing)}. {told}Name a column with --map "
             "ours=theirs (batch_tokens=batch_size*seq_len multiplies), or a value that all runs "
-            f"share with --set ours=value. Its columns: {', '.join(headers)}"
+            f"share with --set ours=value. Its columns: {', '.join(headers)}",
+            seen,
         )
     warnings = list(made.warnings)
     if guessed:
         pairs = ", ".join(f"{name} from {str(source)!r}" for name, source in guessed.items())
         warnings.append(f"taken by name: {pairs}; --map overrules")
-    mapped = apply(rows, {**guessed, **made.sources}, made.constants, own)
     return make_table(mapped, warnings=warnings)
 
 
