@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -347,10 +348,10 @@ def test_report_writes_one_file(bayeslr: Any, folder: Path, tmp_path: Path) -> N
     assert "cannot write .: it is a folder; name a file in it" in err
 
 
-@pytest.mark.parametrize("place", ["folder.html", "none/page.html"])
-def test_a_calibration_that_cannot_be_written_is_printed_all_the_same(
-    bayeslr: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
+@pytest.fixture
+def calibrated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A result that is at hand stands in for a calibration."""
+
     class Result:
         def document(self) -> dict[str, Any]:
             return {}
@@ -361,8 +362,25 @@ def test_a_calibration_that_cannot_be_written_is_printed_all_the_same(
         def html(self) -> str:
             return "<html>"
 
-    (tmp_path / "folder.html").mkdir()
     monkeypatch.setattr("bayeslr.calibration.calibrate", lambda *_, **__: Result())
+
+
+@pytest.mark.usefixtures("calibrated")
+def test_a_pipe_is_written_to_and_not_replaced(bayeslr: Any, tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    code, _, _ = bayeslr("calibrate", "-o", pipe)
+    assert (code, pipe.is_fifo(), os.read(reader, 100)) == (0, True, b"<html>")
+    os.close(reader)
+
+
+@pytest.mark.usefixtures("calibrated")
+@pytest.mark.parametrize("place", ["folder.html", "none/page.html"])
+def test_a_calibration_that_cannot_be_written_is_printed_all_the_same(
+    bayeslr: Any, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "folder.html").mkdir()
     code, out, err = bayeslr("calibrate", "-o", tmp_path / place)
     assert (code, out) == (2, "the intervals are what they say\n")
     assert "cannot write" in err

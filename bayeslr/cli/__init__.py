@@ -87,6 +87,6 @@ def _refused(error: OSError) -> str:
     if error.filename is None:
         return f"the operating system refused: {error}; mend that, and repeat"
     return (
-        f"cannot use {error.filename}: {error.strerror or error}; see that it exists, is a file "
-        "where a file is meant, and may be read and written, or name another place"
+        f"cannot use {error.filename}: {error.strerror or error}; see that the path is right (a "
+        "file or a folder, as is meant) and may be read and written, or name another place"
     )

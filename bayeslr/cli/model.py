@@ -93,7 +93,8 @@ def _fit_summary(posterior: Posterior) -> list[str]:
         lines.append(f"Least squares, R^2 {r_squared:.3f}:")
         lines += [
             # What hardly varies among the slices is left out of the regression, at zero.
-            f"  {name:16s} {draws.mean():+.3f} +- {draws.std():.3f}" if draws.any()
+            f"  {name:16s} {draws.mean():+.3f} +- {draws.std():.3f}"
+            if draws.any() and math.isfinite(draws.mean())
             else f"  {name:16s} not estimated"
             for name, draws in zip(names, coefficient.T, strict=True)
         ]  # fmt: skip

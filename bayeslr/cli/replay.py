@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json as json_module
 import math
 import time
 from pathlib import Path
@@ -45,7 +44,7 @@ def replay(
     from bayeslr import replay as library
     from bayeslr.predict import read_targets
     from bayeslr.priors import load_prior
-    from bayeslr.runs import write_atomically
+    from bayeslr.runs.files import json_text, write_atomically
 
     if plot is not None and plot.suffix.lower() not in (".svg", ".pdf", ".png"):
         raise SpecError(f"--plot {plot} must end in .svg, .pdf or .png")
@@ -87,7 +86,7 @@ def replay(
     scores = library.table_of(rows)
     entries = library.summary(scores)
     if json:
-        typer.echo(json_module.dumps({"strategies": entries}))
+        typer.echo(json_text({"strategies": entries}))
     else:
         for line in _lines(entries):
             typer.echo(line)

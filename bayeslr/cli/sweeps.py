@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 from pathlib import Path
@@ -75,6 +74,7 @@ def sweep(
     """The closed loop: ask, train, tell, refit, stop. Resumes where it was killed."""
     from bayeslr.loop import describe, open_recipe
     from bayeslr.loop import sweep as run_sweep
+    from bayeslr.runs.files import json_text
 
     if as_json and not dry_run:
         raise SpecError("--json goes with --dry-run; a sweep that runs: bayeslr status --json")
@@ -83,7 +83,7 @@ def sweep(
         opened = dataclasses.replace(opened, strategy=strategy)
     if dry_run:
         plan = describe(opened)
-        _echo(json.dumps(plan, indent=2)) if as_json else _print_description(plan)
+        _echo(json_text(plan, indent=2)) if as_json else _print_description(plan)
         return
     stop_on_sigterm()
     folder = _folder(opened.name, out, strategy)
@@ -119,9 +119,10 @@ def status(
     """How a sweep stands: runs, budget, prediction, who is working, what failed and why."""
     from bayeslr.loop import open_status
     from bayeslr.loop.status import status_lines
+    from bayeslr.runs.files import json_text
 
     document = open_status(place, study)
-    _echo(json.dumps(document, indent=2)) if as_json else _echo(*status_lines(document))
+    _echo(json_text(document, indent=2)) if as_json else _echo(*status_lines(document))
 
 
 def _folder(name: str, out: Path | None, strategy: str | None) -> Path:

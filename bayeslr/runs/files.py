@@ -230,7 +230,7 @@ def _json_safe(value: Any) -> Any:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write to a temporary name beside ``path``, then rename.
+    """Write to a temporary name beside ``path``, then rename; to a device or a pipe, as it is.
 
     Raises: StorageError if that fails; what was at ``path`` before is then as it was.
     """
@@ -238,6 +238,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise StorageError(f"cannot write {path}: it is a folder; name a file in it")
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        if path.exists() and not path.is_file():  # a device or a pipe must not be replaced
+            path.write_bytes(content)
+            return
         with open(temporary, "wb") as file:
             file.write(content)
             file.flush()
