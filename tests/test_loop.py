@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -368,6 +369,24 @@ def test_a_disk_that_refuses_is_said_and_the_sweep_resumes(
             sweep(tmp_path)
     result, _ = sweep(tmp_path)
     assert result.stop.kind == "budget"
+
+
+def test_predictions_are_written_all_or_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(tmp_path, sweep__max_runs=1)
+    before = (tmp_path / "predictions.csv").read_text()
+    replace = os.replace
+
+    def full(source: Any, target: Any) -> None:
+        if Path(target).name == "predictions.csv":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(StorageError, match=r"predictions\.csv.*No space left on device"):
+        sweep(tmp_path, sweep__max_runs=2)
+    assert (tmp_path / "predictions.csv").read_text() == before
 
 
 def test_an_interrupted_sweep_gives_its_runs_up_cleanly(

@@ -8,8 +8,9 @@ Options of the recipe::
 ``{spec}`` is the JSON file with the run to train, ``{records}`` the file to append to, ``{dir}``
 the run's folder for checkpoints, ``{python}`` this Python. The program writes one JSON object a
 line with ``tokens`` (seen so far) and ``loss`` (nats per token), more columns of the run table if
-it likes; a loss of null means that the run diverged. Started again in the same folder it goes on
-from its checkpoint. A shape of the recipe gives its own ``n_active`` and ``n_total``.
+it likes; a loss of null means that the run diverged, a line without one is passed over. Started
+again in the same folder it goes on from its checkpoint. A shape of the recipe gives its own
+``n_active`` and ``n_total``.
 """
 
 from __future__ import annotations
