@@ -49,7 +49,7 @@ class Server:
     def answer(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Reply to one request. Raises: BayeslrError."""
         op = request.get("op")
-        if op not in _NEEDED:
+        if not isinstance(op, str) or op not in _NEEDED:
             raise SpecError(f"op must be choose or predict, got {op!r}")
         if missing := [name for name in _NEEDED[op] if name not in request]:
             raise SpecError(f"not a request: {missing[0]} is missing")

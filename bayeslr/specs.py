@@ -198,9 +198,15 @@ class RunSpec:
         )
         _require(
             isinstance(self.decay_at, list | tuple)
-            and all(isinstance(t, Real) and not isinstance(t, bool) for t in self.decay_at),
+            and all(isinstance(t, Real) and math.isfinite(t) for t in self.decay_at),
             f"run {self.run_id}: decay_at must be a list of token counts, got {self.decay_at!r}",
         )
+        for name in ("shape", "options"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, Mapping),
+                f"run {self.run_id}: {name} must be a mapping, got {value!r}",
+            )
         branches = tuple(sorted({int(t) for t in self.decay_at} | {self.tokens}))
         _require(
             branches[0] > 0 and branches[-1] == self.tokens,
