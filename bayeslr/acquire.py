@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
-from bayeslr.errors import UntrustworthyFit
+from bayeslr.errors import SpecError, UntrustworthyFit
 from bayeslr.pointwise import noise_parameters
 from bayeslr.posterior import Posterior
 from bayeslr.predict import (
@@ -62,9 +62,9 @@ _REACHES, _LEAST_SD = (0.75, 1.5), 0.35
 class Proposal:
     """A run to pay for.
 
-    ``saves_nats`` is the expected fall of the targets' mean regret, ``saves_flops`` the same as
-    compute of the targets, both given the proposals before it. ``p_diverge`` is the run's own;
-    ``repeat`` is the candidate's.
+    ``saves_nats`` is the expected fall of the targets' mean regret, ``saves_flops`` what the falls
+    are worth as compute of each target, both given the proposals before it. ``p_diverge`` is the
+    run's own; ``repeat`` is the candidate's.
     """
 
     spec: RunSpec
@@ -120,7 +120,7 @@ class _Beliefs:
     """Joint draws of the candidates' losses and the targets' ln LR*, updated run by run."""
 
     def __init__(self, posterior: Posterior, candidates: Sequence[Candidate],
-                 targets: Sequence[Target], weights: FloatArray, seed: int) -> None:  # fmt: skip
+                 targets: Sequence[Target], shares: FloatArray, seed: int) -> None:  # fmt: skip
         cells: dict[tuple[str | float, ...], int] = {}
         cell_of: list[list[int]] = []
         extra: list[Target] = []
@@ -150,8 +150,8 @@ class _Beliefs:
             )
         self.at = at
         self.goal = at.log_lr[:, : len(targets)].copy()
-        curvature = np.exp(at.log_curvature[:, : len(targets)]).mean(axis=0)
-        self.weight = weights * curvature
+        self.curvature = at.curvature[:, : len(targets)].mean(axis=0)
+        self.shares = shares
         # Observations: every decay branch of every candidate, candidate by candidate.
         num_branches = np.array([len(mine) for mine in cell_of])
         first = np.concatenate([[0], np.cumsum(num_branches)])
@@ -159,7 +159,7 @@ class _Beliefs:
         log_lr = np.log([candidate.spec.lr for candidate in candidates])
         tried = np.repeat(log_lr, num_branches)
         u = tried - at.log_lr[:, column]
-        excess = laws.valley_excess(u, np.exp(at.log_curvature[:, column]), at.skew[:, column])
+        excess = laws.valley_excess(u, at.curvature[:, column], at.skew[:, column])
         logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = laws.logistic(logit)
         self.p_diverge = lost.mean(axis=0)[first[:-1]]
@@ -194,16 +194,16 @@ class _Beliefs:
         self.loss -= self.loss.mean(axis=0)
 
     def regret(self) -> float:
-        """Weighted expected regret of the best choice at the targets, nats."""
-        return float(self.weight @ self.goal.var(axis=0))
+        """Mean expected regret of the best choice at the targets, nats."""
+        return float(self.shares @ (self.curvature * self.goal.var(axis=0)))
 
-    def gains(self) -> FloatArray:
-        """Expected fall of the weighted regret by option, nats, (option,)."""
+    def falls(self) -> FloatArray:
+        """Expected fall of each target's regret by option, nats, (option, target)."""
         draws = len(self.goal)
         covariance = self.loss.T @ self.goal / draws
         variance = np.einsum("do,do->o", self.loss, self.loss) / draws + self.noise_variance
         of_goal = self.goal.var(axis=0)
-        gains = np.zeros(len(self.members))
+        falls = np.zeros((len(self.members), len(of_goal)))
         for which, observed in self._groups:
             size = observed.shape[1]
             joint = covariance[observed]
@@ -222,8 +222,8 @@ class _Beliefs:
             # With few draws a correlation is never exactly zero: what noise alone would explain is
             # taken off, so that useless runs gain nothing.
             chance = size / draws * of_goal
-            gains[which] = np.maximum(explained - chance, 0.0) @ self.weight
-        return gains
+            falls[which] = np.maximum(explained - chance, 0.0) * self.curvature
+        return falls
 
     def observe(self, candidate: int) -> None:
         """Condition all draws on a candidate having been run."""
@@ -257,10 +257,13 @@ def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
     return np.asarray(np.median(scale, axis=0) ** 2)
 
 
-def _worth(at: TargetDraws, targets: Sequence[Target], nats: float) -> float:
-    """FLOPs of the targets that ``nats`` of regret at each of them stands for."""
-    share = extra_tokens_share(at, np.full(at.log_lr.shape[1], nats))[: len(targets)]
-    return float(np.sum(share * np.array([target.flops for target in targets])))
+def _worth(at: TargetDraws, targets: Sequence[Target], weights: FloatArray,
+           nats: FloatArray) -> float:  # fmt: skip
+    """FLOPs of the targets that ``nats`` (target,) of regret stand for, each times its weight."""
+    padded = np.zeros(at.log_lr.shape[1])
+    padded[: len(targets)] = nats
+    share = extra_tokens_share(at, padded)[: len(targets)]
+    return float(np.sum(weights * share * np.array([target.flops for target in targets])))
 
 
 def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
@@ -269,9 +272,11 @@ def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequ
             only_paying: bool = True) -> list[Proposal]:  # fmt: skip
     """Up to ``num_runs`` proposals within the budget, best first; none when none pays.
 
-    weights: of the targets, default equal. only_paying: stop where a run costs more FLOPs than it
+    weights: how much each target counts, 1 by default: a target that is to be trained twice counts
+    2. only_paying: stop where a run costs more FLOPs than it
     saves at the targets; else the budget alone stops.
-    Raises: DataError through the targets' checks, UntrustworthyFit for draws that are no numbers.
+    Raises: DataError through the targets' checks, SpecError for a two-stage fit, UntrustworthyFit
+    for draws that are no numbers.
     """
     found = choose(
         posterior, candidates, targets, num_runs=num_runs, budget_flops=budget_flops, seed=seed,
@@ -284,12 +289,17 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
            num_runs: int, budget_flops: float, seed: int,
            weights: Sequence[float] | None = None, only_paying: bool = True) -> Plan:  # fmt: skip
     """As `propose`, with the regret before and after, and the reason for stopping."""
-    share = np.ones(len(targets)) if weights is None else np.asarray(weights, dtype=float)
-    share = share / share.sum()
+    if posterior.info["method"] == "two-stage":
+        raise SpecError(
+            "least squares knows no losses, so no run can be chosen by it; plan from a fit by the "
+            "method bayes"
+        )
+    weight = np.ones(len(targets)) if weights is None else np.asarray(weights, dtype=float)
+    shares = weight / weight.sum()
     if not candidates:
         return Plan(proposals=(), regret_now=math.nan, regret_after=math.nan,
                     stop_reason="every run of the space has been made")  # fmt: skip
-    beliefs = _Beliefs(posterior, candidates, targets, share, seed)
+    beliefs = _Beliefs(posterior, candidates, targets, shares, seed)
     flops = np.array([candidate.flops for candidate in candidates])
     members = beliefs.members
     cost = np.array([math.fsum(flops[list(group)]) for group in members])
@@ -304,7 +314,8 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     stop_reason = f"{num_runs} runs were asked for"
     while len(proposals) < num_runs:
         possible = open_ & (cost <= left)
-        gains = np.where(possible, beliefs.gains(), 0.0)
+        falls = beliefs.falls()
+        gains = np.where(possible, falls @ shares, 0.0)
         best = int(np.argmax(gains / cost))
         if gains[best] <= 0:
             stop_reason = (
@@ -312,7 +323,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                 else f"no run fits into the {format_quantity(left)} FLOPs that are left"
             )  # fmt: skip
             break
-        saves_flops = _worth(beliefs.at, targets, float(gains[best]))
+        saves_flops = _worth(beliefs.at, targets, weight, falls[best])
         if only_paying and saves_flops < cost[best]:
             stop_reason = (
                 f"the best that is left would save an expected {format_quantity(saves_flops)} "
@@ -348,24 +359,25 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     )  # fmt: skip
 
 
-def _keys(spec: RunSpec) -> set[tuple[float, ...]]:
-    """What a run measures: size, horizon, batch and LR (to four figures), one entry a branch."""
+def _keys(spec: RunSpec) -> set[tuple[str | float, ...]]:
+    """What a run measures: family, size, horizon, batch, LR to four figures; one entry a branch."""
     lr = float(f"{spec.lr:.4g}")
     return {
-        (spec.n_active, spec.n_total, tokens, spec.batch_tokens, lr) for tokens in spec.decay_at
+        (spec.family, spec.n_active, spec.n_total, tokens, spec.batch_tokens, lr)
+        for tokens in spec.decay_at
     }
 
 
-def _seen(posterior: Posterior) -> set[tuple[float, ...]]:
+def _seen(posterior: Posterior) -> set[tuple[str | float, ...]]:
     if posterior.runs is None:
         return set()
     frame = posterior.runs.frame
     frame = frame[frame["status"].isin(["ok", "diverged"])]
     return {
-        (n_active, n_total, tokens, batch, float(f"{lr:.4g}"))
-        for n_active, n_total, tokens, batch, lr in zip(
-            frame["n_active"], frame["n_total"], horizon(frame), frame["batch_tokens"], frame["lr"],
-            strict=True,
+        (family, n_active, n_total, tokens, batch, float(f"{lr:.4g}"))
+        for family, n_active, n_total, tokens, batch, lr in zip(
+            frame["family"], frame["n_active"], frame["n_total"], horizon(frame),
+            frame["batch_tokens"], frame["lr"], strict=True,
         )
     }  # fmt: skip
 

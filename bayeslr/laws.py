@@ -28,11 +28,20 @@ def linex(u: Any, skew: Any, xp: Any = np) -> Any:
     """Asymmetric bowl: u^2/2 near zero, exponential for u > 0, linear for u < 0.
 
     2 linex(u, r) is u^2 as r goes to zero; its third derivative at zero is ``skew``. The loss of
-    Varian (1975), used here as the shape of a valley: Step Law's dense slices rise linearly far
-    below the optimum and exponentially above it (docs/log.md).
+    Varian (1975), used here as the shape of a floor over batch: steps run out above the best one.
     """
     x = xp.minimum(skew * u, _MAX_EXPONENT) if xp is np else xp.clip(skew * u, -1e6, _MAX_EXPONENT)
     return (xp.expm1(x) - x) / skew**2
+
+
+def cubic_bowl(u: Any, skew: Any, xp: Any = np) -> Any:
+    """Asymmetric bowl: u^2/2 + skew u^3/6 down to its inflection at -1 / skew, straight below.
+
+    Twice continuously differentiable and convex. Of the shapes tried for a valley over ln LR the
+    one that Step Law's runs ask for (docs/log.md).
+    """
+    bent = xp.maximum(u, -1.0 / skew)
+    return bent**2 / 2 + skew * bent**3 / 6 + (bent - u) / (2 * skew)
 
 
 def valley_excess(u: Any, curvature: Any, skew: Any, xp: Any = np) -> Any:
@@ -40,7 +49,7 @@ def valley_excess(u: Any, curvature: Any, skew: Any, xp: Any = np) -> Any:
 
     curvature: nats per unit of u squared at the bottom, so that excess = curvature u^2 there.
     """
-    return 2.0 * curvature * linex(u, skew, xp)
+    return 2.0 * curvature * cubic_bowl(u, skew, xp)
 
 
 def noise_scale(

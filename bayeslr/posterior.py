@@ -26,7 +26,7 @@ from bayeslr.errors import BayeslrError, DataError, StorageError
 from bayeslr.features import REGRESSORS, Design, build_design
 from bayeslr.priors import OUTPUTS, SLOPES, Distribution, Prior
 from bayeslr.runs import RunTable, identifiability, read_runs
-from bayeslr.units import counted
+from bayeslr.units import counted, parse_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -78,13 +78,24 @@ class Posterior:
         draws: NDArray[np.float64] = _higher("predict").regret(self, targets, lr)
         return draws
 
-    def plan(self, space: Recipe, budget: float, num_runs: int | None = None) -> Any:
-        """The next runs worth paying for within ``budget`` FLOPs. See `bayeslr.acquire.plan`."""
-        return _higher("acquire").plan(self, space, budget_flops=budget, num_runs=num_runs)
+    def plan(self, space: Recipe | str | Path, budget: str | float,
+             num_runs: int | None = None) -> Any:  # fmt: skip
+        """The next runs worth paying for within ``budget`` FLOPs. See `bayeslr.acquire.plan`.
+
+        space: a recipe, its path, or the name of a shipped one. budget: a number, or as ``1e18``.
+        """
+        recipe = _higher("loop").open_recipe(space)
+        flops = parse_quantity(budget, name="budget")
+        return _higher("acquire").plan(self, recipe, budget_flops=flops, num_runs=num_runs)
 
     def save(self, path: str | Path) -> None:
         """Write the fit folder: to a temporary name, then renamed."""
         save(self, path)
+
+    @staticmethod
+    def load(path: str | Path) -> Posterior:
+        """Read a fit folder. Raises: StorageError if it is missing or damaged."""
+        return load(path)
 
     @property
     def trustworthy(self) -> bool:

@@ -7,8 +7,9 @@ measured uses its effects, any other draws new ones, so that intervals cover a n
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,8 +23,9 @@ from bayeslr.errors import DataError, SpecError
 from bayeslr.features import REGRESSORS
 from bayeslr.posterior import Posterior, make_posterior, require_convention
 from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
+from bayeslr.runs import read_rows
 from bayeslr.specs import Target
-from bayeslr.units import format_lr, format_quantity
+from bayeslr.units import format_lr, format_quantity, parse_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,6 +38,9 @@ QUANTILE_COLUMNS = tuple(f"lr_q{round(100 * q):02d}" for q in QUANTILES)
 
 # Draws of a target, at least and at most, and of all targets together.
 _FEWEST_DRAWS, _MAX_DRAWS, _MAX_CELLS = 250, 2000, 4_000_000
+
+# Extra tokens, as a share, are told up to here.
+_MOST_TOKENS = 100.0
 
 # Targets of one pass: so many that their draws stay in a core's own cache.
 _CHUNK = 512
@@ -85,52 +90,56 @@ def prior_posterior(prior: str | Prior, *, num_draws: int = 4000, seed: int = 1)
 def read_targets(path: str | Path) -> list[Target]:
     """Targets from a CSV, Parquet or JSON-lines file (`Target` names the columns).
 
-    Raises: DataError that names the row and the column.
+    Numbers may be quantities, ``1.3B``; other columns are left alone.
+    Raises: DataError that names the line and the column.
     """
-    import pandas as pd
-
-    path = Path(path)
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif path.suffix in (".jsonl", ".json"):
-            frame = pd.read_json(path, lines=True)
-        else:
-            frame = pd.read_csv(path)
-    except FileNotFoundError as error:
-        raise DataError(f"targets file {path} does not exist") from error
-    except ValueError as error:
-        raise DataError(f"targets file {path} cannot be read: {error}") from error
-    names = [f.name for f in dataclasses.fields(Target)]
-    required = [f.name for f in dataclasses.fields(Target) if f.default is dataclasses.MISSING]
-    if missing := [name for name in required if name not in frame.columns]:
-        raise DataError(f"{path}: column {missing[0]!r} is missing; needed: {', '.join(required)}")
-    if frame["target_id"].duplicated().any():
-        twice = frame.loc[frame["target_id"].duplicated(), "target_id"].iloc[0]
-        raise DataError(f"{path}: target_id {twice!r} stands twice")
-    integers = {"seq_len", "n_experts", "top_k"}
-    targets = []
-    for line, row in enumerate(frame.to_dict("records"), start=2):
-        given: dict[str, Any] = {}
-        for name in names:
-            value = row.get(name)
-            if value is None or (isinstance(value, float) and math.isnan(value)):
-                continue
-            try:
-                if name in integers:
-                    value = int(value)
-                elif name in ("n_active", "n_total", "tokens", "batch_tokens"):
-                    value = float(value)
-                else:
-                    value = str(value)
-            except ValueError as error:
-                raise DataError(f"{path} line {line}: {name} is no number: {value!r}") from error
-            given[name] = value
+    rows = read_rows(Path(path))
+    for broken in rows.broken:
+        raise DataError(f"{path} line {broken['line']}: {broken['rule']}; {broken['advice']}")
+    fields = dataclasses.fields(Target)
+    required = [f.name for f in fields if f.default is dataclasses.MISSING]
+    others = [str(name) for name in rows.frame.columns if name not in {f.name for f in fields}]
+    for name in (f.name for f in fields if f.name not in rows.frame.columns):
+        near = difflib.get_close_matches(name, others, n=1, cutoff=0.8)
+        hint = f"; rename {near[0]!r}, if that is it" if near else ""
+        if name in required:
+            needed = ", ".join(required)
+            raise DataError(f"{path}: column {name!r} is missing; needed: {needed}{hint}")
+        if near:
+            raise DataError(f"{path}: column {near[0]!r} is not known; is it {name!r}?")
+    targets: dict[str, Target] = {}
+    for line, row in zip(rows.lines.tolist(), rows.frame.to_dict("records"), strict=True):
         try:
-            targets.append(Target(**given))
-        except (SpecError, TypeError) as error:
+            target = Target(**_target_values(row, required))
+        except SpecError as error:
             raise DataError(f"{path} line {line}: {error}") from error
-    return targets
+        if target.target_id in targets:
+            raise DataError(f"{path} line {line}: target_id {target.target_id!r} stands twice")
+        targets[target.target_id] = target
+    return list(targets.values())
+
+
+_TEXTS = ("target_id", "family", "param_convention")
+_WHOLE = ("seq_len", "n_experts", "top_k")
+
+
+def _target_values(row: Mapping[Hashable, Any], required: Sequence[str]) -> dict[str, Any]:
+    """Arguments of `Target` from the cells of a row. Raises: SpecError that names the column."""
+    given: dict[str, Any] = {}
+    for name in (f.name for f in dataclasses.fields(Target)):
+        value = row.get(name)
+        if isinstance(value, float) and value.is_integer() and name in _TEXTS:
+            value = int(value)  # a name that is a number, of a format that has no whole ones
+        text = "" if value is None or value != value else str(value).strip()
+        if not text and name in required:
+            raise SpecError(f"{name} is empty")
+        if text:
+            given[name] = text if name in _TEXTS else parse_quantity(text, name=name)
+        if text and name in _WHOLE:
+            if given[name] % 1:
+                raise SpecError(f"{name} must be a whole number, got {text!r}")
+            given[name] = int(given[name])
+    return given
 
 
 def target_features(targets: Sequence[Target]) -> dict[str, FloatArray]:
@@ -308,7 +317,7 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
     x = target_features(targets)
     away = {k: centre[k] - reference[k] for k in reference}
 
-    families = [family_of(posterior, target) for target in targets]
+    families = _families(posterior, targets)
     columns = {g: i for i, g in enumerate(dict.fromkeys(families))}
     column = np.array([columns[g] for g in families])
     own = {name: np.array(values)[column] for name, values in _centres(posterior, columns).items()}
@@ -411,12 +420,16 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     x, centre = target_features(targets), posterior.info["centre"]
     away = np.stack([x[k] - centre[k] for k in REGRESSORS])
     shape = (thinned.num_draws, len(targets))
+    _, alike = np.unique(away.round(4), axis=1, return_inverse=True)
+    new = thinned.normals("residual_sd", int(alike.max()) + 1)[:, alike.ravel()]
     log_lr = (
         draws["intercept"][:, None] + draws["coefficient"] @ away
-        + draws["residual_sd"][:, None] * thinned.normals("residual_sd", len(targets))
+        + draws["residual_sd"][:, None] * new
     )  # fmt: skip
+    # Least squares knows no losses: their price in tokens is the card's.
     prior = posterior.prior
     exponent = prior["loss_exponent_tokens"].location
+    bought = np.exp(-exponent * (x["log_tokens"] - prior.log_reference["log_tokens"]))
     return TargetDraws(
         log_lr=log_lr,
         log_curvature=np.broadcast_to(np.log(draws["curvature"][:, None]), shape),
@@ -424,7 +437,7 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
         log_edge=np.full(shape, np.inf),
         edge_width=np.ones((thinned.num_draws, 1)),
         floor=np.full(shape, np.nan),
-        loss_tokens=np.full(shape, prior["loss_tokens"].location),
+        loss_tokens=np.broadcast_to(prior["loss_tokens"].location * bought, shape),
         loss_exponent=np.full(shape, exponent),
         diverged_loss=prior["diverged_loss"].location,
     )
@@ -491,9 +504,12 @@ def regret(posterior: Posterior, targets: Sequence[Target],
            lr: float | Sequence[float]) -> FloatArray:  # fmt: skip
     """Draws of the regret of training each target at ``lr``, in nats, shape (draw, target).
 
-    Raises: SpecError if an LR is not positive and finite.
+    Raises: SpecError if an LR is not positive and finite, or their number is not the targets'.
     """
-    values = np.broadcast_to(np.asarray(lr, dtype=float), (len(targets),))
+    values = np.asarray(lr, dtype=float)
+    if values.ndim and values.shape != (len(targets),):
+        raise SpecError(f"{values.size} LRs for {len(targets)} targets; give one, or one a target")
+    values = np.broadcast_to(values, (len(targets),))
     if not (np.isfinite(values) & (values > 0)).all():
         raise SpecError(f"lr must be > 0 and finite, got {lr}; give the LR itself, not its log")
     return regret_draws(target_draws(posterior, targets), np.log(values))
@@ -502,18 +518,28 @@ def regret(posterior: Posterior, targets: Sequence[Target],
 def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray:
     """Distance of each target outside the data, in the data's spreads (target,).
 
+    The data are those of the target's family; all of them for a family that the fit has not seen.
     A regressor inside the data's range counts zero; outside, its distance from the nearest end is
     divided by the data's range, or by ln 2 where that is narrower. The four add in squares.
     Infinite without data.
     """
-    low, high = posterior.info["data_low"], posterior.info["data_high"]
-    if not low:
+    design = posterior.design
+    if design is None:
         return np.full(len(targets), np.inf)
-    x, total = target_features(targets), np.zeros(len(targets))
-    for name in REGRESSORS:
-        outside = np.maximum(np.maximum(low[name] - x[name], x[name] - high[name]), 0.0)
-        total += (outside / max(high[name] - low[name], math.log(2.0))) ** 2
+    x, seen = target_features(targets), design.slice_features()
+    families = np.array([-1 if g is None else g for g in _families(posterior, targets)])
+    total = np.zeros(len(targets))
+    for g in np.unique(families):
+        mine, slices = families == g, (g < 0) | (design.family_of_slice == g)
+        for name in REGRESSORS:
+            low, high = np.min(seen[name][slices]), np.max(seen[name][slices])
+            outside = np.maximum(np.maximum(low - x[name][mine], x[name][mine] - high), 0.0)
+            total[mine] += (outside / max(high - low, math.log(2.0))) ** 2
     return np.asarray(np.sqrt(total))
+
+
+def _families(posterior: Posterior, targets: Sequence[Target]) -> list[int | None]:
+    return [family_of(posterior, target) for target in targets]
 
 
 def extra_tokens_share(at: TargetDraws, nats: FloatArray) -> FloatArray:
@@ -523,15 +549,15 @@ def extra_tokens_share(at: TargetDraws, nats: FloatArray) -> FloatArray:
     """
     part, exponent = (quantiles(x, (0.5,))[0] for x in (at.loss_tokens, at.loss_exponent))
     left = np.clip(1.0 - nats / np.maximum(part, 1e-12), 1e-6, 1.0)
-    return np.asarray(np.minimum(left ** (-1.0 / exponent) - 1.0, 100.0))
+    return np.asarray(np.minimum(left ** (-1.0 / exponent) - 1.0, _MOST_TOKENS))
 
 
 def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     """Predictions table, one row a target, in order.
 
     Columns: target_id, lr (recommended), lr_q05 .. lr_q95, regret_mean and regret_q95 (nats, of the
-    recommended LR), extra_tokens (share that would make up for regret_mean), p_diverge, loss_q50
-    (nats; NaN where the fit knows no loss law), extrapolation, level (family or population),
+    recommended LR), extra_tokens (share that would make up for regret_mean), p_diverge and loss_q50
+    (nats; both NaN where the fit does not know them), extrapolation, level (family or population),
     sentence.
     Raises: DataError if there is no target, or a target counts parameters otherwise.
     """
@@ -557,7 +583,7 @@ def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame
     spread = np.exp(quantiles(at.log_lr, QUANTILES))
     charged = regret_draws(at, log_lr)
     mean = charged.mean(axis=0)
-    known = [family_of(posterior, target) is not None for target in targets]
+    known = [g is not None for g in _families(posterior, targets)]
     table = pd.DataFrame(
         {
             "target_id": [target.target_id for target in targets],
@@ -566,7 +592,10 @@ def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame
             "regret_mean": mean,
             "regret_q95": quantiles(charged, (0.95,))[0],
             "extra_tokens": extra_tokens_share(at, mean),
-            "p_diverge": p_diverge(at, log_lr).mean(axis=0),
+            # Without an edge, as least squares has none, the risk is not known.
+            "p_diverge": np.where(
+                np.isinf(at.log_edge).all(axis=0), np.nan, p_diverge(at, log_lr).mean(axis=0)
+            ),
             "loss_q50": np.where(known, quantiles(at.floor, (0.5,))[0], np.nan),
             "extrapolation": extrapolation(posterior, targets),
             "level": ["family" if k else "population" for k in known],
@@ -596,16 +625,21 @@ def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
         )
     risk = row["p_diverge"]
     risk_text = "under 1 %" if risk < 0.01 else f"{100 * risk:.0f} %"
-    level = "" if row["level"] == "family" or not posterior.info["families"] else (
-        " (a recipe the runs do not cover: population level)"
-    )  # fmt: skip
+    if math.isnan(risk):
+        risk_text = "not known to least squares"
+    percent = 100 * row["extra_tokens"]
+    tokens_text = f"{percent:.1f} %" if row["extra_tokens"] < _MOST_TOKENS else "over 10,000 %"
+    level = ""
+    if row["level"] != "family" and posterior.info["families"]:
+        why = "no family was named" if target.family is None else "a recipe the runs do not cover"
+        level = f" ({why}: population level)"
     return (
         f"Train {size} parameters on {format_quantity(target.tokens)} tokens at batch "
         f"{format_quantity(target.batch_tokens)} with a peak LR of "
         f"{format_lr(row['lr'])}{level}: the optimum lies between {format_lr(row['lr_q05'])} and "
         f"{format_lr(row['lr_q95'])} with 90 % probability; not knowing it costs an "
         f"expected {row['regret_mean']:.4f} nats, as much as "
-        f"{100 * row['extra_tokens']:.1f} % more tokens, and the risk of divergence is "
+        f"{tokens_text} more tokens, and the risk of divergence is "
         f"{risk_text}; {reach}."
     )
 

@@ -291,10 +291,17 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     paradigm). fast: a refit inside a loop: padded sizes, so that the compilation is shared between
     tables, and fewer draws. num_draws: a chain, at least; the chains go on to eight times as many
     until the convergence gate is passed. The result's ``info["verdict"]`` says whether it was.
-    Raises: DataError if no run can be used, SpecError for an unknown method or card.
+    Raises: DataError if no run can be used, SpecError for an unknown method or card, or a count
+    that is too small.
     """
     if method not in METHODS:
         raise SpecError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    counts = {"seed": (seed, 0), "num_warmup": (num_warmup, 1), "num_draws": (num_draws, 1),
+              "num_chains": (num_chains, 2)}  # fmt: skip
+    for name, (value, least) in counts.items():
+        if value < least:
+            why = "; chains are compared with one another" if name == "num_chains" else ""
+            raise SpecError(f"{name} must be at least {least}, got {value}{why}")
     card = load_prior(prior) if isinstance(prior, str) else prior
     design = build_design(runs)
     started = time.monotonic()

@@ -68,7 +68,7 @@ def test_a_second_run_of_a_slice_goes_to_the_side_and_not_to_the_same_lr(
     beliefs = _Beliefs(posterior, [candidate("first"), *runs], GOAL, np.ones(1), seed=1)
     before = beliefs.regret()
     beliefs.observe(0)
-    _, again, side = beliefs.gains()
+    _, again, side = beliefs.falls()[:, 0]
     # The share of the regret that each explains; 400 draws leave 3 % of it to chance.
     assert side > 0.06 * before
     assert again < 0.03 * before
@@ -86,8 +86,22 @@ def test_a_family_that_the_target_does_not_share_tells_less(posterior: Posterior
     for both in (pair, other):
         beliefs = _Beliefs(posterior, both, GOAL, np.ones(1), seed=1)
         beliefs.observe(0)
-        found.append(beliefs.gains()[1])
+        found.append(beliefs.falls()[1, 0])
     assert found[0] > 2 * found[1]
+
+
+def test_a_target_that_learns_nothing_makes_no_run_worth_more(posterior: Posterior) -> None:
+    def worth(goal: list[Target], weights: list[float]) -> float:
+        found = choose(
+            posterior, [candidate("a", u=1.2)], goal, num_runs=1, budget_flops=1e21, seed=1,
+            weights=weights, only_paying=False,
+        )  # fmt: skip
+        return found.proposals[0].saves_flops
+
+    vast = target("vast", n_active=6e12, n_total=4.8e13, tokens=1.2e15, family="unseen")
+    alone = worth(GOAL, [1.0])
+    assert worth([*GOAL, vast], [1.0, 1e-9]) == pytest.approx(alone, rel=0.3)
+    assert worth(GOAL, [2.0]) == pytest.approx(2 * alone)
 
 
 def test_of_equal_runs_the_cheaper_is_taken(posterior: Posterior) -> None:

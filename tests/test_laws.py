@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytensor.tensor as pt
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bayeslr.laws import batch_knee, linex, softplus, valley_excess
+from bayeslr.laws import batch_knee, cubic_bowl, linex, softplus, valley_excess
 
 U = np.linspace(-3, 3, 61)
 
 
-def test_linex_is_half_a_square_without_skew() -> None:
-    np.testing.assert_allclose(linex(U, 1e-4), U**2 / 2, rtol=2e-4, atol=1e-8)
+@pytest.mark.parametrize("bowl", [linex, cubic_bowl])
+def test_a_bowl_is_half_a_square_without_skew(bowl: Any) -> None:
+    np.testing.assert_allclose(bowl(U, 1e-4), U**2 / 2, rtol=2e-4, atol=1e-8)
 
 
-def test_linex_has_its_skew_as_third_derivative() -> None:
+@pytest.mark.parametrize("bowl", [linex, cubic_bowl])
+def test_a_bowl_has_its_skew_as_third_derivative(bowl: Any) -> None:
     step, skew = 1e-2, 0.7
-    a, b, c, d = (linex(k * step, skew) for k in (-1.5, -0.5, 0.5, 1.5))
+    a, b, c, d = (bowl(k * step, skew) for k in (-1.5, -0.5, 0.5, 1.5))
     assert (d - 3 * c + 3 * b - a) / step**3 == pytest.approx(skew, rel=1e-3)
 
 
@@ -29,10 +33,20 @@ def test_linex_is_linear_far_below_and_exponential_above() -> None:
     assert linex(8.0, skew) / linex(7.0, skew) == pytest.approx(np.exp(skew), rel=1e-4)
 
 
-@given(st.floats(-6, 6), st.floats(1e-3, 3))
-def test_linex_is_never_negative_and_steeper_above(u: float, skew: float) -> None:
-    assert linex(u, skew) >= -1e-9
-    assert linex(abs(u), skew) >= linex(-abs(u), skew) - 1e-9
+def test_cubic_bowl_is_straight_below_its_inflection_and_smooth_there() -> None:
+    skew, step = 0.8, 1e-4
+    assert cubic_bowl(-21.0, skew) - cubic_bowl(-20.0, skew) == pytest.approx(0.5 / skew, rel=1e-9)
+    near = -1 / skew + step * np.array([-2.0, -1.0, 0.0, 1.0, 2.0])
+    slope = np.diff(cubic_bowl(near, skew)) / step
+    np.testing.assert_allclose(slope, -0.5 / skew, atol=1e-6)
+    assert (np.diff(cubic_bowl(U, skew), 2) > -1e-12).all()
+
+
+@pytest.mark.parametrize("bowl", [linex, cubic_bowl])
+@given(u=st.floats(-6, 6), skew=st.floats(1e-3, 3))
+def test_a_bowl_is_never_negative_and_steeper_above(bowl: Any, u: float, skew: float) -> None:
+    assert bowl(u, skew) >= -1e-9
+    assert bowl(abs(u), skew) >= bowl(-abs(u), skew) - 1e-9
 
 
 def test_linex_stays_finite_at_absurd_lrs() -> None:

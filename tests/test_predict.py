@@ -213,11 +213,29 @@ def test_regret_is_zero_at_the_optimum_and_grows_away(posterior: Posterior) -> N
     assert mean[4] > mean[3]
 
 
+def test_diverging_is_never_cheaper_than_a_run_that_ends(posterior: Posterior) -> None:
+    """The second training pays for its LR as well: no far LR is a way out."""
+    far = target(n_active=1e12, n_total=1e13, tokens=1e14)
+    at = target_draws(posterior, [far])
+    middle = float(np.median(at.log_lr))
+    above = [regret_draws(at, np.array([middle + u])) for u in np.arange(0.0, 8.0, 0.25)]
+    ended = [
+        regret_draws(dataclasses.replace(at, log_edge=np.full_like(at.log_edge, np.inf)),
+                     np.array([middle + u]))
+        for u in np.arange(0.0, 8.0, 0.25)
+    ]  # fmt: skip
+    assert all((a >= e).all() for a, e in zip(above, ended, strict=True))
+    mean = np.array([a.mean() for a in above])
+    assert (np.diff(mean[8:]) > -1e-12).all()
+
+
 def test_regret_takes_one_lr_or_one_a_target(posterior: Posterior) -> None:
     targets = [target("a"), target("b", tokens=1e10)]
     both = regret(posterior, targets, [1e-3, 2e-3])
     assert both.shape[1] == 2
     np.testing.assert_array_equal(both[:, 0], regret(posterior, targets, 1e-3)[:, 0])
+    with pytest.raises(SpecError, match="3 LRs for 2 targets"):
+        regret(posterior, targets, [1e-3, 2e-3, 4e-3])
     for wrong in (0.0, -1e-3, math.nan):
         with pytest.raises(SpecError, match=r"lr must be > 0 and finite.*not its log"):
             regret(posterior, targets, wrong)
@@ -295,7 +313,7 @@ def test_targets_are_read(tmp_path: Path) -> None:
     ("text", "told"),
     [
         ("a,1e9,8e9,1e11,1e6,x,1\na,1e9,8e9,1e11,1e6,x,1\n", r"target_id 'a' stands twice"),
-        ("a,big,8e9,1e11,1e6,x,1\n", r"line 2: n_active is no number: 'big'"),
+        ("a,big,8e9,1e11,1e6,x,1\n", r"line 2: n_active must be a number such as .* got 'big'"),
         ("a,1e9,8e8,1e11,1e6,x,1\n", r"line 2: .*n_active .* must not exceed n_total"),
         ("a,1e9,8e9,1e11,-1,x,1\n", r"line 2: batch_tokens must be finite and > 0"),
         ("a,1e9,8e9,1e6,1e7,x,1\n", r"line 2: .*batch_tokens .* must not exceed tokens"),
@@ -306,6 +324,34 @@ def test_broken_targets_are_told_with_their_line(tmp_path: Path, text: str, told
         read_targets(targets_csv(tmp_path, text))
 
 
+def test_targets_may_be_written_as_people_write_them(tmp_path: Path) -> None:
+    first, second = read_targets(
+        targets_csv(tmp_path, "7,1.3B,12B,500B,4M,1,\nb,1e9,8e9,1e11,1e6,,8\n")
+    )
+    assert (first.target_id, first.family, first.n_active) == ("7", "1", 1.3e9)
+    assert (second.family, second.seq_len) == (None, 8)
+
+
+@pytest.mark.parametrize(
+    ("header", "row", "told"),
+    [
+        ("target_id,n_active,n_total,tokens,batch_tokens", "a,1e9,8e9,,1e6", "2: tokens is empty"),
+        ("target_id,n_active,n_total,tokens,batch_tokens,n_experts", "a,1e9,8e9,1e11,1e6,8.7",
+         r"2: n_experts must be a whole number, got '8\.7'"),
+        ("target_id,n_active,n_total,tokens,batch_tokens,famliy", "a,1e9,8e9,1e11,1e6,f",
+         "'famliy' is not known; is it 'family'"),
+        ("target_id,n_active,n_total,token,batch_tokens", "a,1e9,8e9,1e11,1e6",
+         "'tokens' is missing; .* rename 'token'"),
+        ("target_id,n_active,n_total,tokens,batch_tokens", "a,1e9,8e9", "as many cells"),
+    ],
+)  # fmt: skip
+def test_cells_and_headers_are_told(tmp_path: Path, header: str, row: str, told: str) -> None:
+    path = tmp_path / "targets.csv"
+    path.write_text(f"{header}\n{row}\n")
+    with pytest.raises(DataError, match=told):
+        read_targets(path)
+
+
 def test_targets_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not exist"):
         read_targets(tmp_path / "none.csv")
@@ -313,7 +359,7 @@ def test_targets_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"column 'n_total' is missing; needed: target_id"):
         read_targets(tmp_path / "some.csv")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="is empty"):
         read_targets(tmp_path / "empty.csv")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(DataError, match="cannot be read"):

@@ -133,6 +133,30 @@ def test_it_predicts_through_the_same_door(two_stage_posterior: Posterior) -> No
     assert row["lr_q05"] < row["lr_q50"] < row["lr_q95"]
     assert row["regret_mean"] >= 0
     assert math.isnan(row["loss_q50"])
+    assert math.isnan(row["p_diverge"])
+    assert "the risk of divergence is not known to least squares" in row["sentence"]
+    first, _, again = two_stage_posterior.predict(
+        [target("a"), target("b", tokens=1e11), target("c")]
+    ).itertuples()
+    assert first.lr == again.lr
+
+
+def test_a_families_own_runs_are_what_a_target_lies_beyond() -> None:
+    rows = [
+        run_record(f"{family}-{n}-{d}-{u}", n, d, 1e5, math.exp(law(n, d, 1e5) + u),
+                   3.0 + 0.03 * u**2, n_total=n, family=family)
+        for family, sizes in (("wide", (5e7, 1e8, 2e8, 4e8)), ("narrow", (5e7, 1e8)))
+        for n in sizes for d in (2e9, 8e9) for u in STEPS
+    ]  # fmt: skip
+    posterior = run_fit(make_table(rows), method="two-stage", num_draws=50)
+    at = {"n_active": 4e8, "n_total": 4e8, "tokens": 8e9, "batch_tokens": 1e5}
+    table = posterior.predict([
+        target(name, **at, family=family)
+        for name, family in (("a", "wide"), ("b", "narrow"), ("c", None), ("d", "other"))
+    ])  # fmt: skip
+    assert table["extrapolation"].tolist() == pytest.approx([0.0, 2.0, 0.0, 0.0])
+    assert "(no family was named: population level)" in table["sentence"][2]
+    assert "(a recipe the runs do not cover: population level)" in table["sentence"][3]
 
 
 def test_a_regressor_that_hardly_moves_by_itself_gets_no_exponent() -> None:

@@ -175,8 +175,10 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         "loss_slice_sd", arrays["slice_has_floor"],
     )  # fmt: skip
     gr = gs[s]
-    x = np.exp(log_skew)[gr] * (arrays["run_log_lr"] - lr_opt[s])
-    excess = 2 * np.exp(bend)[s] * (np.exp(x) - 1 - x) / np.exp(log_skew)[gr] ** 2
+    skew, u = np.exp(log_skew)[gr], arrays["run_log_lr"] - lr_opt[s]
+    # A cubic from its inflection at -1 / skew up, its tangent there below.
+    straight = 2 / (3 * skew**2) - (u + 1 / skew) / skew
+    excess = np.exp(bend)[s] * np.where(skew * u > -1, u**2 + skew * u**3 / 3, straight)
     widened = np.exp(
         p["noise_batch"][gr] * (arrays["slice_log_batch"] - mid_batch)[s]
         + p["noise_tokens"][gr] * d_d[c][s]

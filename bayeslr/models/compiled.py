@@ -5,6 +5,7 @@ Compiled once with its data as arguments, so that every table of the same padded
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
@@ -137,7 +138,8 @@ _COMPILED: dict[tuple[Any, ...], CompiledModel] = {}
 
 def compiled_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> CompiledModel:
     """The model of these arrays' sizes under a card, compiled once."""
-    key = (prior.sha256, num_families, *(values.shape for values in arrays.values()))
+    card = tuple((name, *dataclasses.astuple(entry)) for name, entry in prior.parameters.items())
+    key = (card, num_families, *(values.shape for values in arrays.values()))
     if key not in _COMPILED:
         if len(_COMPILED) > 16:
             _COMPILED.clear()

@@ -15,7 +15,7 @@ from bayeslr.runs.columns import (
     Column,
     nearest,
 )
-from bayeslr.runs.files import read_csv, write_atomically
+from bayeslr.runs.files import read_csv, read_rows, write_atomically
 from bayeslr.runs.insight import describe, identifiability, lr_group
 from bayeslr.runs.table import (
     RunTable,
@@ -49,6 +49,7 @@ __all__ = [
     "nearest",
     "numbers",
     "read_csv",
+    "read_rows",
     "read_runs",
     "total_flops",
     "write_atomically",

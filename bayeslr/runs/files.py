@@ -31,7 +31,7 @@ def read_rows(path: Path) -> Rows:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(
-            f"{path}: a run table ends in {', '.join(readers)}, not in {path.suffix or 'nothing'}"
+            f"{path}: a table ends in {', '.join(readers)}, not in {path.suffix or 'nothing'}"
         )
     return reader(path)
 
