@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import SHAPE_KEYS, horizon, last_word
+from bayeslr.runs import SHAPE_KEYS, common_horizon, last_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -133,6 +133,18 @@ def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
     return codes, first.astype(np.int64)
 
 
+def usable_rows(frame: pd.DataFrame) -> pd.DataFrame:
+    """Rows of a run table that say something about the LR, as they are.
+
+    Failed and lost runs, and unfinished ones without a loss, are left out. Of a run that has not
+    ended the last checkpoint counts, of one that has ended none.
+    """
+    finite = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
+    has_loss = frame["status"].isin(["ok", "partial", "pruned"]).to_numpy() & finite
+    usable: pd.DataFrame = frame.loc[has_loss | (frame["status"] == "diverged").to_numpy()]
+    return usable.loc[last_word(usable)]
+
+
 def _require_one_parametrization(frame: pd.DataFrame) -> None:
     for family, rows in frame.groupby("family", sort=False):
         if len(names := sorted(set(rows["parametrization"]))) > 1:
@@ -146,19 +158,11 @@ def _require_one_parametrization(frame: pd.DataFrame) -> None:
 def build_design(table: RunTable) -> Design:
     """Design of the runs that say something about the LR: ok, partial, pruned and diverged ones.
 
-    Failed and lost runs, and unfinished ones without a loss, say nothing and are left out. Of a
-    run that has not ended the last checkpoint counts, of one that has ended none.
     Raises: DataError if no finished or diverged run is left, every run diverged, or one family has
     several parametrizations.
     """
-    frame = table.frame
-    has_loss = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
-    status = frame["status"].astype(str)
-    diverged = (status == "diverged").to_numpy()
-    usable = diverged | (status.isin(["ok", "partial", "pruned"]).to_numpy() & has_loss)
-    frame, diverged = frame.loc[usable], diverged[usable]
-    last = last_word(frame)
-    frame, diverged = frame.loc[last].copy(), diverged[last]
+    frame = usable_rows(table.frame).copy()
+    diverged = (frame["status"] == "diverged").to_numpy()
     if len(frame) == 0:
         raise DataError(
             "no run can be used: none is finished, partial or diverged; "
@@ -169,7 +173,7 @@ def build_design(table: RunTable) -> Design:
             f"all {len(frame)} runs diverged: they bound the LR from above but show no valley; "
             "add runs at lower LR"
         )
-    frame["tokens"] = horizon(frame)
+    frame["tokens"] = common_horizon(frame)
     frame["annealed"] = ~frame["status"].isin(["partial", "pruned"]).to_numpy()
     frame["parametrization"] = frame["parametrization"].fillna("sp")
     _require_one_parametrization(frame)

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayeslr.features import usable_rows
 from bayeslr.posterior import Posterior
 from bayeslr.predict import QUANTILE_COLUMNS, predict, slice_target
-from bayeslr.runs import RunTable, horizon, last_word
+from bayeslr.runs import RunTable, horizon
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -66,7 +67,8 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
     runs, design = posterior.runs, posterior.design
     if runs is None or design is None or posterior.info["method"] != "bayes":
         return None
-    frame = _used(runs.frame)
+    # Before the largest are left out: a run's checkpoints must not come back for its lost end.
+    frame = usable_rows(runs.frame)
     limits = _limits(frame)
     compute = _compute(frame)
     large = compute > frame["family"].map(limits).to_numpy(dtype=float)
@@ -119,17 +121,6 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
             f"the 90 % intervals{_SAID[verdict]}{'' if refit.trustworthy else _DOUBTED}."
         ),
     )
-
-
-def _used(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows that `features.build_design` fits.
-
-    Taken before the largest are left out: a run's checkpoints must not come back for its lost end.
-    """
-    finite = np.isfinite(frame["loss"].to_numpy(dtype=float, na_value=np.nan))
-    has_loss = frame["status"].isin(["ok", "partial", "pruned"]).to_numpy() & finite
-    usable: pd.DataFrame = frame[has_loss | (frame["status"] == "diverged").to_numpy()]
-    return usable.loc[last_word(usable)]
 
 
 def _ended(frame: pd.DataFrame) -> Any:

@@ -25,7 +25,13 @@ from bayeslr.posterior import Posterior, make_posterior, require_convention
 from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
 from bayeslr.runs import read_rows
 from bayeslr.specs import Target
-from bayeslr.units import format_lr, format_quantity, parse_quantity
+from bayeslr.units import (
+    MOST_EXTRA_TOKENS,
+    format_extra_tokens,
+    format_lr,
+    format_quantity,
+    parse_quantity,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,9 +44,6 @@ QUANTILE_COLUMNS = tuple(f"lr_q{round(100 * q):02d}" for q in QUANTILES)
 
 # Draws of a target, at least and at most, and of all targets together.
 _FEWEST_DRAWS, _MAX_DRAWS, _MAX_CELLS = 250, 2000, 4_000_000
-
-# Extra tokens, as a share, are told up to here.
-_MOST_TOKENS = 100.0
 
 # Targets of one pass: so many that their draws stay in a core's own cache.
 _CHUNK = 512
@@ -268,7 +271,10 @@ class _Thinned:
 
 
 def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
-    """Index of each measured shape, cell and slice, by level and by what identifies a target."""
+    """Index of each measured shape, cell and slice, by level and by what identifies a target.
+
+    A target names no widths: of two shapes with equal counts neither is taken for its own.
+    """
     design = posterior.design
     found: dict[str, dict[Any, int]] = {"shape": {}, "cell": {}, "slice": {}}
     if design is None or "lr_cell" not in posterior.draws:
@@ -279,14 +285,16 @@ def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
         (*shapes[h], tokens)
         for h, tokens in zip(design.shape_of_cell, design.log_tokens.round(4).tolist(), strict=True)
     ]
-    found["shape"] = {shape: h for h, shape in enumerate(shapes)}
-    found["cell"] = {cell: c for c, cell in enumerate(cells) if design.annealed[c]}
+    single = {shape: h for h, shape in enumerate(shapes) if shapes.count(shape) == 1}
+    measured = design.annealed & np.isin(design.shape_of_cell, list(single.values()))
+    found["shape"] = single
+    found["cell"] = {cell: c for c, cell in enumerate(cells) if measured[c]}
     found["slice"] = {
         (*cells[c], batch): s
         for s, (c, batch) in enumerate(
             zip(design.cell_of_slice, design.log_batch.round(4).tolist(), strict=True)
         )
-        if design.annealed[c]
+        if measured[c]
     }
     return found
 
@@ -549,7 +557,7 @@ def extra_tokens_share(at: TargetDraws, nats: FloatArray) -> FloatArray:
     """
     part, exponent = (quantiles(x, (0.5,))[0] for x in (at.loss_tokens, at.loss_exponent))
     left = np.clip(1.0 - nats / np.maximum(part, 1e-12), 1e-6, 1.0)
-    return np.asarray(np.minimum(left ** (-1.0 / exponent) - 1.0, _MOST_TOKENS))
+    return np.asarray(np.minimum(left ** (-1.0 / exponent) - 1.0, MOST_EXTRA_TOKENS))
 
 
 def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
@@ -583,7 +591,9 @@ def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame
     spread = np.exp(quantiles(at.log_lr, QUANTILES))
     charged = regret_draws(at, log_lr)
     mean = charged.mean(axis=0)
-    known = [g is not None for g in _families(posterior, targets)]
+    known = np.array([g is not None for g in _families(posterior, targets)])
+    # Far below the data the penalty for the batch may outgrow the law: no loss is told then.
+    loss = quantiles(at.floor, (0.5,))[0]
     table = pd.DataFrame(
         {
             "target_id": [target.target_id for target in targets],
@@ -596,7 +606,7 @@ def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame
             "p_diverge": np.where(
                 np.isinf(at.log_edge).all(axis=0), np.nan, p_diverge(at, log_lr).mean(axis=0)
             ),
-            "loss_q50": np.where(known, quantiles(at.floor, (0.5,))[0], np.nan),
+            "loss_q50": np.where(known & (loss > 0), loss, np.nan),
             "extrapolation": extrapolation(posterior, targets),
             "level": ["family" if k else "population" for k in known],
         }
@@ -627,8 +637,6 @@ def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
     risk_text = "under 1 %" if risk < 0.01 else f"{100 * risk:.0f} %"
     if math.isnan(risk):
         risk_text = "not known to least squares"
-    percent = 100 * row["extra_tokens"]
-    tokens_text = f"{percent:.1f} %" if row["extra_tokens"] < _MOST_TOKENS else "over 10,000 %"
     level = ""
     if row["level"] != "family" and posterior.info["families"]:
         why = "no family was named" if target.family is None else "a recipe the runs do not cover"
@@ -639,7 +647,7 @@ def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
         f"{format_lr(row['lr'])}{level}: the optimum lies between {format_lr(row['lr_q05'])} and "
         f"{format_lr(row['lr_q95'])} with 90 % probability; not knowing it costs an "
         f"expected {row['regret_mean']:.4f} nats, as much as "
-        f"{tokens_text} more tokens, and the risk of divergence is "
+        f"{format_extra_tokens(row['extra_tokens'])} more tokens, and the risk of divergence is "
         f"{risk_text}; {reach}."
     )
 

@@ -62,6 +62,17 @@ def format_interval(low: float, high: float) -> str:
     return f"90 % interval {format_lr(low)} to {format_lr(high)}"
 
 
+MOST_EXTRA_TOKENS = 100.0
+"""Extra tokens, as a share of a target's own, are counted up to here."""
+
+
+def format_extra_tokens(share: float) -> str:
+    """A share of extra tokens as a percentage: ``4.5 %``, ``over 10,000 %``, ``unknown``."""
+    if share >= MOST_EXTRA_TOKENS:
+        return f"over {100 * MOST_EXTRA_TOKENS:,.0f} %"
+    return f"{100 * share:.1f} %" if math.isfinite(share) else "unknown"
+
+
 def counted(number: float, thing: str) -> str:
     """A number of things: ``1 run``, ``2 runs``."""
     return f"{number:.0f} {thing}" + ("" if number == 1 else "s")

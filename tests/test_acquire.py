@@ -146,7 +146,7 @@ def test_reasons_for_stopping(posterior: Posterior) -> None:
 
     assert "every run of the space has been made" in stop([])
     assert "no run fits into the 1M FLOPs that are left" in stop(pool(), budget=1e6)
-    assert "1 runs were asked for" in stop(pool(), num_runs=1)
+    assert "1 run was asked for" in stop(pool(), num_runs=1)
     small = [target(n_active=3e7, n_total=2.4e8, tokens=2e9, batch_tokens=131_072.0)]
     near = {"n": SIZES[0], "d": TOKENS[0], "b": BATCHES[0]}
     told = stop([candidate(f"u{u}", u=u, flops=1e24, **near) for u in (-2.0, -1.4, 1.4)], small,

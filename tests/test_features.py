@@ -83,6 +83,15 @@ def test_diverged_runs_with_checkpoints_are_no_valley() -> None:
         design_of(*rows)
 
 
+def test_tokens_that_differ_by_whole_batches_are_one_cell() -> None:
+    rows = [
+        row(f"{b}-{lr}", d=round(2e9 / b) * b, b=b, lr=lr)
+        for b in (196_608, 262_144, 393_216, 524_288) for lr in (1e-3, 2e-3)
+    ]  # fmt: skip
+    design = design_of(*rows, row("other", d=2.2e9), row("wider", d=2e9, d_model=512))
+    assert (design.num_slices, design.num_cells, design.num_shapes) == (6, 3, 2)
+
+
 def test_a_stopped_run_counts_once() -> None:
     rows = [row("a", status=status, d=1e9) for status in ("partial", "pruned")]
     assert design_of(row("b"), *rows).num_runs == 2

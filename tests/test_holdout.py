@@ -11,8 +11,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from bayeslr.features import build_design
-from bayeslr.holdout import _as_few, _enough, _limits, _used, _verdict, leave_largest_out
+from bayeslr.features import build_design, usable_rows
+from bayeslr.holdout import _as_few, _enough, _limits, _verdict, leave_largest_out
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
 from bayeslr.priors import Prior
@@ -72,7 +72,7 @@ ABOVE = (
 def test_a_run_that_shows_no_optimum_sets_no_limit(table: RunTable, how: dict[str, Any]) -> None:
     runs = far_above(table, **how)
     assert len(runs) == len(table) + 1
-    used = _used(runs.frame)
+    used = usable_rows(runs.frame)
     assert len(used) == build_design(runs).num_runs
     assert _limits(used) == _limits(table.frame)
 
@@ -104,7 +104,7 @@ def test_what_is_used_is_what_a_fit_uses() -> None:
     ]  # fmt: skip
     runs = make_table(rows)
     assert len(runs) == len(rows)
-    assert len(_used(runs.frame)) == build_design(runs).num_runs
+    assert len(usable_rows(runs.frame)) == build_design(runs).num_runs
 
 
 @pytest.fixture

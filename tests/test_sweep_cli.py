@@ -14,7 +14,7 @@ pytest.importorskip("optuna")
 
 from typer.testing import CliRunner, Result
 
-from bayeslr.cli import app
+from bayeslr.cli import app, main
 from bayeslr.errors import BayeslrError, UntrustworthyFit
 from tests import fakes
 from tests.fakes import toy_recipe, write_recipe
@@ -122,3 +122,15 @@ def test_mistakes_are_errors_of_ours(words: list[str], message: str) -> None:
     assert isinstance(done.exception, BayeslrError)
     assert message in str(done.exception)
     assert done.exception.exit_code == 2
+
+
+def test_an_interrupted_command_says_that_what_was_finished_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted() -> None:
+        raise SystemExit(130)
+
+    monkeypatch.setattr("bayeslr.cli.app", interrupted)
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert "interrupted; what was finished is kept" in capsys.readouterr().err

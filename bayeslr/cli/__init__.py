@@ -65,6 +65,9 @@ app.add_typer(priors_app, name="priors")
 app.add_typer(transfer_app, name="transfer")
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Entry point: a user's mistake ends in one readable message, never in a traceback."""
     try:
@@ -72,11 +75,10 @@ def main() -> None:
     except BayeslrError as error:
         print(f"bayeslr: {error}", file=sys.stderr)  # noqa: T201
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("bayeslr: interrupted; what was finished is kept", file=sys.stderr)  # noqa: T201
-        sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # so typer ends an interrupted command, without a word
+            print("bayeslr: interrupted; what was finished is kept", file=sys.stderr)  # noqa: T201
+        raise
     except OSError as error:
         print(f"bayeslr: {_refused(error)}", file=sys.stderr)  # noqa: T201
         sys.exit(StorageError.exit_code)

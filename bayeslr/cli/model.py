@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bayeslr.errors import SpecError, UntrustworthyFit
-from bayeslr.units import parse_quantity
+from bayeslr.units import format_extra_tokens, parse_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -217,7 +217,7 @@ def _prediction_lines(table: pd.DataFrame) -> list[str]:
         (
             str(row["target_id"]),
             *(f"{row[name]:.3g}" for name in ("lr", "lr_q05", "lr_q50", "lr_q95")),
-            f"{row['regret_mean']:.4f}", more_tokens(row["extra_tokens"], "{:.1f} %"),
+            f"{row['regret_mean']:.4f}", format_extra_tokens(row["extra_tokens"]),
             risk(row["p_diverge"], "{:.1f} %"), f"{row['extrapolation']:.1f}",
         )
         for row in table.to_dict("records")
@@ -227,17 +227,6 @@ def _prediction_lines(table: pd.DataFrame) -> list[str]:
         "  ".join([name.ljust(first), *(c.rjust(w) for c, w in zip(row, widths, strict=True))])
         for name, *row in cells
     ]
-
-
-# Extra tokens are counted up to 100 times the target's own (`predict.extra_tokens_share`).
-_MOST_EXTRA = 100.0
-
-
-def more_tokens(share: float, form: str) -> str:
-    """Share of extra tokens as a percentage, by a format such as ``{:.1f} %``."""
-    if share >= _MOST_EXTRA:
-        return f"over {100 * _MOST_EXTRA:,.0f} %"
-    return form.format(100 * share) if math.isfinite(share) else "unknown"
 
 
 def risk(probability: float, form: str) -> str:

@@ -7,9 +7,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from bayeslr.cli.model import more_tokens, risk
+from bayeslr.cli.model import risk
 from bayeslr.errors import SpecError, StorageError
-from bayeslr.units import format_interval, format_lr, format_quantity, parse_quantity
+from bayeslr.units import (
+    format_extra_tokens,
+    format_interval,
+    format_lr,
+    format_quantity,
+    parse_quantity,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -83,7 +89,7 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     lines += [
         f"  {row['target_id']}: peak LR {format_lr(row['lr'])} "
         f"({format_interval(row['lr_q05'], row['lr_q95'])}), expected regret "
-        f"{row['regret_mean']:.2g} nats, as much as {more_tokens(row['extra_tokens'], '{:.2g} %')} "
+        f"{row['regret_mean']:.2g} nats, as much as {format_extra_tokens(row['extra_tokens'])} "
         "more tokens"
         for row in predictions
     ]

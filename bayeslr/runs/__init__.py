@@ -16,12 +16,14 @@ from bayeslr.runs.columns import (
     nearest,
 )
 from bayeslr.runs.files import read_csv, read_rows, write_atomically
-from bayeslr.runs.insight import describe, identifiability, lr_group
+from bayeslr.runs.insight import describe, identifiability
 from bayeslr.runs.table import (
     RunTable,
+    common_horizon,
     concat,
     horizon,
     last_word,
+    lr_group,
     make_table,
     read_runs,
     total_flops,
@@ -38,6 +40,7 @@ __all__ = [
     "Column",
     "Rows",
     "RunTable",
+    "common_horizon",
     "concat",
     "describe",
     "first_reasons",

@@ -3,33 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import math
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from bayeslr.runs.additions import cheapest_addition
-from bayeslr.runs.cells import Floats
 from bayeslr.runs.columns import SHAPE_KEYS
-from bayeslr.runs.table import RunTable, horizon, last_word, total_flops
+from bayeslr.runs.table import RunTable, common_horizon, last_word, lr_group, total_flops
 from bayeslr.units import format_lr, format_quantity
-
-
-def lr_group(lr: Floats) -> NDArray[np.int64]:
-    """Codes, from the lowest LR up, of the LRs that are one but for rounding (within 2 %).
-
-    For grouping alone: tables write one LR as 0.000345 and as 0.0003453. lr: (num_runs,).
-    """
-    values, where = np.unique(np.asarray(lr, dtype=np.float64), return_inverse=True)
-    codes = np.zeros(len(values), dtype=np.int64)
-    start, code = -math.inf, -1
-    for i, value in enumerate(values):
-        if value > 1.02 * start:
-            start, code = value, code + 1
-        codes[i] = code
-    return codes[where]
 
 
 def _with_groups(frame: pd.DataFrame) -> pd.DataFrame:
@@ -40,11 +22,11 @@ def _with_groups(frame: pd.DataFrame) -> pd.DataFrame:
     """
     told = frame[~frame["status"].isin(["failed", "lost"])]
     told = told[last_word(told)].copy()
-    told["horizon"] = horizon(told)
+    told["horizon"] = common_horizon(told)
     told["shape"] = told.groupby(list(SHAPE_KEYS), dropna=False, sort=False).ngroup()
     told["cell"] = told.groupby(["shape", "horizon"], dropna=False, sort=False).ngroup()
     told["slice"] = told.groupby(["cell", "batch_tokens"], sort=False).ngroup()
-    told["lr_code"] = lr_group(told["lr"].to_numpy(dtype=np.float64))
+    told["lr_code"] = lr_group(told["lr"])
     return told
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs.cells import Rows, empty_quarantine, first_reasons, quarantine_of, type_columns
-from bayeslr.runs.columns import COLUMN_NAMES
+from bayeslr.runs.columns import COLUMN_NAMES, SHAPE_KEYS
 from bayeslr.runs.files import encode, json_lines, read_rows, write_atomically
 from bayeslr.runs.rules import apply_rules
 from bayeslr.units import train_flops
@@ -74,6 +75,34 @@ def horizon(frame: pd.DataFrame) -> pd.Series[float]:
     Not those at which it died, for another LR would have gone on.
     """
     return frame["planned_tokens"].where(frame["status"] == "diverged").fillna(frame["tokens"])
+
+
+def common_horizon(frame: pd.DataFrame) -> pd.Series[float]:
+    """`horizon` (row,), one for what is one in a shape but for rounding to whole batches."""
+    shape = frame.groupby(list(SHAPE_KEYS), dropna=False, sort=False).ngroup()
+    tokens = horizon(frame)
+    code = tokens.groupby(shape).transform(_alike, within=0.01)
+    return tokens.groupby([shape, code]).transform("min")
+
+
+def lr_group(lr: pd.Series[float] | NDArray[np.float64]) -> NDArray[np.int64]:
+    """Codes (row,), from the lowest LR up, of the LRs that are one but for rounding (within 2 %).
+
+    For grouping alone: tables write one LR as 0.000345 and as 0.0003453.
+    """
+    return _alike(lr, within=0.02)
+
+
+def _alike(values: pd.Series[float] | NDArray[np.float64], within: float) -> NDArray[np.int64]:
+    """Codes, from the least value up, of values that lie within a share of the first of them."""
+    distinct, where = np.unique(np.asarray(values, dtype=np.float64), return_inverse=True)
+    codes = np.zeros(len(distinct), dtype=np.int64)
+    start, code = -math.inf, -1
+    for i, value in enumerate(distinct):
+        if value > (1 + within) * start:
+            start, code = value, code + 1
+        codes[i] = code
+    return codes[where]
 
 
 def last_word(frame: pd.DataFrame) -> NDArray[np.bool_]:
