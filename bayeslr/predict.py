@@ -567,10 +567,13 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     recommended LR), extra_tokens (share that would make up for regret_mean), p_diverge and loss_q50
     (nats; both NaN where the fit does not know them), extrapolation, level (family or population),
     sentence.
-    Raises: DataError if there is no target, or a target counts parameters otherwise.
+    Raises: DataError if there is no target, or a target counts parameters otherwise; SpecError for
+    a target that is in no list.
     """
     import pandas as pd
 
+    if isinstance(targets, Target):
+        raise SpecError("predict takes a list of targets, got a single one; put it in brackets")
     if not targets:
         raise DataError("there is no target to predict; the targets table is empty")
     for target in targets:

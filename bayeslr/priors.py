@@ -127,7 +127,7 @@ PARAMETERS: dict[str, str] = {
     "curvature_intercept": "valley curvature at the reference scale",
     "curvature_n_active": "exponent of the curvature in active parameters",
     "curvature_tokens": "exponent of the curvature in tokens",
-    "curvature_batch": "exponent of the curvature in batch / best batch",
+    "curvature_batch": "exponent of the curvature in batch (over the best one for a card alone)",
     "curvature_family_sd": "recipe-to-recipe sd of the log curvature",
     "curvature_slice_sd": "sd of the log curvature peculiar to a slice",
     "skew": "third derivative of the valley over its curvature: the high-LR side is steeper",

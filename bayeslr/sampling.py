@@ -22,13 +22,13 @@ from bayeslr.models.compiled import CompiledModel, compiled_model
 from bayeslr.nuts import sample
 from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
 from bayeslr.priors import OUTPUTS, Prior, load_prior
+from bayeslr.runs import RunTable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from bayeslr.features import Design
     from bayeslr.posterior import Gate
-    from bayeslr.runs import RunTable
 
     FloatArray = NDArray[np.float64]
 
@@ -294,6 +294,10 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     Raises: DataError if no run can be used, SpecError for an unknown method or card, or a count
     that is too small.
     """
+    if not isinstance(runs, RunTable):
+        raise SpecError(
+            f"fit takes a run table, got {type(runs).__name__}; bayeslr.read_runs(path) reads one"
+        )
     if method not in METHODS:
         raise SpecError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     counts = {"seed": (seed, 0), "num_warmup": (num_warmup, 1), "num_draws": (num_draws, 1),

@@ -241,6 +241,11 @@ def test_regret_takes_one_lr_or_one_a_target(posterior: Posterior) -> None:
             regret(posterior, targets, wrong)
 
 
+def test_a_single_target_is_told_to_be_a_list(posterior: Posterior) -> None:
+    with pytest.raises(SpecError, match="put it in brackets"):
+        predict(posterior, target())  # type: ignore[arg-type]
+
+
 def test_a_target_below_the_data_says_so(posterior: Posterior) -> None:
     table = predict(posterior, [
         target("below", n_active=3e6, n_total=2.4e7, tokens=1e8, batch_tokens=131_072.0),

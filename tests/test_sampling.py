@@ -111,3 +111,21 @@ def test_padded_sizes_grow_by_coarse_steps() -> None:
     assert all(p["run"] >= n for n, p in enumerate(sizes, start=1))
     assert {p["family"] for p in sizes} == {3}
     assert len({p["run"] for p in sizes}) < 30
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"num_chains": 1}, "num_chains must be at least 2, got 1; chains are compared"),
+        ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+    ],
+)
+def test_counts_that_cannot_work_are_refused(how: dict[str, int], told: str) -> None:
+    with pytest.raises(SpecError, match=told):
+        fit(made_up_runs(), **how)  # type: ignore[arg-type]
+
+
+def test_a_path_is_no_run_table() -> None:
+    with pytest.raises(SpecError, match=r"got str; bayeslr.read_runs"):
+        fit("runs.parquet")  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def fit(
     prior: Annotated[str, typer.Option(help="Prior card: a name or a .toml file.")] = "moe-default",
     method: Annotated[str, typer.Option(help="bayes or two-stage.")] = "bayes",
     seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 1,
-    draws: Annotated[int, typer.Option(min=100, help="Draws a chain.")] = 1000,
+    draws: Annotated[int, typer.Option(min=100, help="Draws a chain, at least.")] = 500,
     check: Annotated[
         bool,
         typer.Option(help="Also ask whether the fit would have predicted its own largest cells."),

@@ -165,7 +165,7 @@ def _print_summary(result: SweepResult) -> None:
         _echo("", *result.validation.lines())
     left = [
         n
-        for n in ("report.html", "runs.parquet", "predictions.csv", "fit")
+        for n in ("report.html", "runs.parquet", "runs.quarantine.csv", "predictions.csv", "fit")
         if (result.out / n).exists()
     ]
     _echo("", f"In {result.out}: {', '.join(left)}")

@@ -191,6 +191,6 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
             f"it {half} nats, at twice it {double} nats.",
         ),
         "caption": "Line: expected regret. Band: 90 % of the posterior. Diamond: the recommended "
-        "LR. Below: probability that the run diverges; one that does is charged the nats that "
-        "twice its tokens would have bought, for it has to be trained again.",
+        "LR. Below: probability that the run diverges; one that does has to be trained again, and "
+        "is charged the nats that twice its tokens would have bought as well.",
     }

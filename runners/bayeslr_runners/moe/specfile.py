@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from bayeslr.errors import SpecError
@@ -23,7 +22,7 @@ def read_spec(run_dir: Path) -> RunSpec:
         spec = RunSpec.from_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise SpecError(f"{path} does not exist; a run's folder holds its spec") from error
-    except (json.JSONDecodeError, TypeError, UnicodeDecodeError) as error:
+    except (SpecError, UnicodeDecodeError) as error:
         raise SpecError(f"{path} is not a run spec: {error}") from error
     check_spec(spec)
     return spec
