@@ -272,9 +272,9 @@ def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequ
             only_paying: bool = True) -> list[Proposal]:  # fmt: skip
     """Up to ``num_runs`` proposals within the budget, best first; none when none pays.
 
-    weights: how much each target counts, 1 by default: a target that is to be trained twice counts
-    2. only_paying: stop where a run costs more FLOPs than it
-    saves at the targets; else the budget alone stops.
+    weights: how much each target counts, 1 by default; one that is to be trained twice counts 2.
+    only_paying: stop where a run costs more FLOPs than it saves at the targets; else the budget
+    alone stops.
     Raises: DataError through the targets' checks, SpecError for a two-stage fit, UntrustworthyFit
     for draws that are no numbers.
     """

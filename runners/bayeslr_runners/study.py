@@ -118,10 +118,11 @@ def open_study(storage_url: str | None, name: str, out_dir: Path, recipe: Recipe
         _require_schema(storage, study_id, name)
     claims_id = _study_id(storage, f"{name}.claims")
     sweep = Sweep(storage, study_id, claims_id)
-    if recipe is not None and sweep.note("schema") is None:
-        sweep.set_recipe(recipe)
-        sweep.set_note("schema", SCHEMA)
-    _require_schema(storage, study_id, name)
+    if recipe is not None:
+        if sweep.note("schema") is None:
+            sweep.set_recipe(recipe)
+            sweep.set_note("schema", SCHEMA)
+        _require_schema(storage, study_id, name)
     return sweep
 
 
