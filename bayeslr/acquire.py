@@ -159,7 +159,8 @@ class _Beliefs:
         log_lr = np.log([candidate.spec.lr for candidate in candidates])
         tried = np.repeat(log_lr, num_branches)
         u = tried - at.log_lr[:, column]
-        excess = laws.valley_excess(u, at.curvature[:, column], at.skew[:, column])
+        skew = np.broadcast_to(at.skew, at.log_lr.shape)[:, column]
+        excess = laws.valley_excess(u, at.curvature[:, column], skew)
         logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = laws.logistic(logit)
         self.p_diverge = lost.mean(axis=0)[first[:-1]]

@@ -18,14 +18,11 @@ import numpy as np
 from bayeslr.errors import DataError
 from bayeslr.posterior import Posterior
 from bayeslr.predict import (
-    QUANTILE_COLUMNS,
-    QUANTILES,
     TargetDraws,
-    p_diverge,
+    family_of,
     predict,
-    recommended_log_lr,
-    regret_draws,
     slice_target,
+    summary,
     target_draws,
 )
 from bayeslr.runs import RunTable
@@ -143,24 +140,15 @@ def log_score(predicted: FloatArray, optimum: FloatArray) -> float:
 def blended(
     posteriors: Mapping[str, Posterior], weights: Mapping[str, float], targets: Sequence[Target]
 ) -> pd.DataFrame:
-    """Predictions table of the mixture: LR of least expected regret, quantiles, regret, risk."""
+    """Predictions table of the mixture, with the columns of `summary`."""
     import pandas as pd
 
     parts = [target_draws(p, targets, max_draws=NUM_DRAWS) for p in posteriors.values()]
-    at = _mixture(parts, [weights[card] for card in posteriors])
-    log_lr = recommended_log_lr(at)
-    charged = regret_draws(at, log_lr)
-    quantiles = np.exp(np.quantile(at.log_lr, QUANTILES, axis=0))
-    return pd.DataFrame(
-        {
-            "target_id": [target.target_id for target in targets],
-            "lr": np.exp(log_lr),
-            **dict(zip(QUANTILE_COLUMNS, quantiles, strict=True)),
-            "regret_mean": charged.mean(axis=0),
-            "regret_q95": np.quantile(charged, 0.95, axis=0),
-            "p_diverge": p_diverge(at, log_lr).mean(axis=0),
-        }
-    )
+    found = summary(_mixture(parts, [weights[card] for card in posteriors]))
+    anyone = next(iter(posteriors.values()))
+    unseen = [family_of(anyone, target) is None for target in targets]
+    found["loss_q50"][unseen] = np.nan
+    return pd.DataFrame({"target_id": [target.target_id for target in targets], **found})
 
 
 def _mixture(parts: Sequence[TargetDraws], weights: Sequence[float]) -> TargetDraws:
@@ -172,8 +160,9 @@ def _mixture(parts: Sequence[TargetDraws], weights: Sequence[float]) -> TargetDr
         if field.name == "diverged_loss":
             joined[field.name] = max(values)
             continue
+        width = max(v.shape[1] for v in values)
         kept = [
-            v[np.linspace(0, len(v) - 1, n).astype(int)]
+            np.broadcast_to(v, (len(v), width))[np.linspace(0, len(v) - 1, n).astype(int)]
             for v, n in zip(values, counts, strict=True)
         ]
         joined[field.name] = np.concatenate(kept)

@@ -46,10 +46,10 @@ QUANTILE_COLUMNS = tuple(f"lr_q{round(100 * q):02d}" for q in QUANTILES)
 _FEWEST_DRAWS, _MAX_DRAWS, _MAX_CELLS = 250, 2000, 4_000_000
 
 # Targets of one pass: so many that their draws stay in a core's own cache.
-_CHUNK = 512
+_CHUNK = 256
 
-# Steps of the search for the LR of least expected regret: a grid of eight, halved this many times.
-_HALVINGS = 2
+# The search for the LR of least expected regret: steps of its grid, and how often they are halved.
+_STEPS, _HALVINGS = 4, 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +58,7 @@ class TargetDraws:
 
     ``edge_width`` (draw, 1) in natural logs; ``floor`` (draw, target) is the loss at LR* in nats;
     ``loss_tokens`` the part of it that more tokens remove, ``loss_exponent`` its exponent.
+    What is a family's own, skew and exponent, may be (draw, 1) where all targets share a family.
     """
 
     log_lr: FloatArray
@@ -383,10 +384,11 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
     lr_cell = of_level("cell", "lr_cell", lr_cell)
     own_n, own_d = (x[k] - own[k] for k in ("log_n_active", "log_tokens"))
     exponent_n, exponent_d = (of_family(f"loss_exponent_{by}") for by in ("n_active", "tokens"))
+    left = np.exp(-exponent_d * own_d)  # of what tokens remove, at the target's
     loss_cell = of_level(
         "cell", "loss_cell",
         of_family("loss_level") + of_family("loss_n_active") * np.expm1(-exponent_n * own_n)
-        + of_family("loss_tokens") * np.expm1(-exponent_d * own_d)
+        + of_family("loss_tokens") * (left - 1.0)
         + of_level("shape", "loss_shape", scatter("shape", "loss_shape_sd"))
         + scatter("cell", "loss_cell_sd"),
     )  # fmt: skip
@@ -399,7 +401,6 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
     knee, zero_knee = laws.batch_knee(z, *slopes), laws.batch_knee(zero, *slopes)
     penalty = of_family("penalty_scale") * np.exp(p["penalty_tokens"] * d_d)
     by_batch = laws.linex(z, p["penalty_skew"]) - laws.linex(zero, p["penalty_skew"])
-    shape = (thinned.num_draws, len(targets))
     return TargetDraws(
         log_lr=of_level("slice", "lr_opt", lr_cell + knee + scatter("slice", "lr_slice_sd")),
         log_curvature=of_level(
@@ -408,7 +409,7 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
             + p["curvature_tokens"] * d_d + p["curvature_batch"] * d_batch
             + scatter("slice", "curvature_slice_sd"),
         ),
-        skew=np.broadcast_to(np.exp(of_family("log_skew")), shape),
+        skew=np.exp(of_family("log_skew")),
         log_edge=(
             lr_cell + zero_knee + p["edge_batch"] * (knee - zero_knee)
             + np.exp(of_family("log_edge_offset"))
@@ -417,8 +418,8 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
         floor=of_level(
             "slice", "floor", loss_cell + penalty * by_batch + scatter("slice", "loss_slice_sd")
         ),
-        loss_tokens=np.broadcast_to(of_family("loss_tokens") * np.exp(-exponent_d * own_d), shape),
-        loss_exponent=np.broadcast_to(exponent_d, shape),
+        loss_tokens=of_family("loss_tokens") * left,
+        loss_exponent=exponent_d,
         diverged_loss=prior["diverged_loss"].location,
     )  # fmt: skip
 
@@ -441,12 +442,12 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     return TargetDraws(
         log_lr=log_lr,
         log_curvature=np.broadcast_to(np.log(draws["curvature"][:, None]), shape),
-        skew=np.full(shape, 1e-3),
+        skew=np.full((thinned.num_draws, 1), 1e-3),
         log_edge=np.full(shape, np.inf),
         edge_width=np.ones((thinned.num_draws, 1)),
         floor=np.full(shape, np.nan),
         loss_tokens=np.broadcast_to(prior["loss_tokens"].location * bought, shape),
-        loss_exponent=np.full(shape, exponent),
+        loss_exponent=np.full((thinned.num_draws, 1), exponent),
         diverged_loss=prior["diverged_loss"].location,
     )
 
@@ -472,17 +473,22 @@ def recommended_log_lr(at: TargetDraws) -> FloatArray:
     """Natural log of the LR with the least expected regret, (target,).
 
     Searched between the 2 and 98 % quantiles of LR*, where the expected regret falls and then
-    rises: the best of a coarse grid, then between its neighbours; a parabola ends it.
+    rises: the best of a coarse grid, then between its neighbours; a parabola ends it. In single
+    precision, which moves the LR by a millionth.
     """
-    low, high = quantiles(at.log_lr, (0.02, 0.98))
-    step = (high - low) / 8
+    low, high = quantiles(at.log_lr, (0.02, 0.98)).astype(np.float32)
+    step = (high - low) / _STEPS
+    single = dataclasses.replace(at, **{
+        field.name: getattr(at, field.name).astype(np.float32)
+        for field in dataclasses.fields(at) if field.name != "diverged_loss"
+    })  # fmt: skip
 
     def cost(log_lr: FloatArray) -> FloatArray:
-        return np.asarray(regret_draws(at, log_lr).mean(axis=0))
+        return np.asarray(regret_draws(single, log_lr).mean(axis=0))
 
-    grid = low + np.arange(9)[:, None] * step
+    grid = low + np.arange(_STEPS + 1, dtype=np.float32)[:, None] * step
     costs = np.stack([cost(point) for point in grid])
-    best, column = np.clip(np.argmin(costs, axis=0), 1, 7), np.arange(len(low))
+    best, column = np.clip(np.argmin(costs, axis=0), 1, _STEPS - 1), np.arange(len(low))
     middle = grid[best, column]
     three = np.stack([costs[best + i, column] for i in (-1, 0, 1)])
     for _ in range(_HALVINGS):
@@ -490,12 +496,12 @@ def recommended_log_lr(at: TargetDraws) -> FloatArray:
         left, right = cost(middle - step), cost(middle + step)
         five = np.stack([three[0], left, three[1], right, three[2]])
         best = np.clip(np.argmin(five, axis=0), 1, 3)
-        middle = middle + (best - 2) * step
+        middle = middle + (best - 2).astype(np.float32) * step
         three = np.stack([five[best + i, column] for i in (-1, 0, 1)])
     left, least, right = three
     bend = left - 2 * least + right
     shift = np.where(bend > 0, 0.5 * (left - right) / np.where(bend > 0, bend, 1.0), 0.0)
-    return np.asarray(middle + np.clip(shift, -1, 1) * step)
+    return np.asarray(middle + np.clip(shift, -1, 1) * step, dtype=np.float64)
 
 
 def quantiles(draws: FloatArray, levels: Sequence[float]) -> FloatArray:
@@ -582,36 +588,16 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     thinned = _Thinned(posterior, num_draws)
     parts = [targets[i : i + _CHUNK] for i in range(0, len(targets), _CHUNK)]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda part: _predict_chunk(thinned, part), parts)
-        return pd.concat(found, ignore_index=True)
-
-
-def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame:
-    import pandas as pd
-
-    posterior, at = thinned.posterior, _draws_at(thinned, targets)
-    log_lr = recommended_log_lr(at)
-    spread = np.exp(quantiles(at.log_lr, QUANTILES))
-    charged = regret_draws(at, log_lr)
-    mean = charged.mean(axis=0)
+        found = list(pool.map(lambda part: summary(_draws_at(thinned, part)), parts))
+    numbers = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
     known = np.array([g is not None for g in _families(posterior, targets)])
-    # Far below the data the penalty for the batch may outgrow the law: no loss is told then.
-    loss = quantiles(at.floor, (0.5,))[0]
+    numbers["loss_q50"][~known] = np.nan
     table = pd.DataFrame(
         {
             "target_id": [target.target_id for target in targets],
-            "lr": np.exp(log_lr),
-            **dict(zip(QUANTILE_COLUMNS, spread, strict=True)),
-            "regret_mean": mean,
-            "regret_q95": quantiles(charged, (0.95,))[0],
-            "extra_tokens": extra_tokens_share(at, mean),
-            # Without an edge, as least squares has none, the risk is not known.
-            "p_diverge": np.where(
-                np.isinf(at.log_edge).all(axis=0), np.nan, p_diverge(at, log_lr).mean(axis=0)
-            ),
-            "loss_q50": np.where(known & (loss > 0), loss, np.nan),
+            **numbers,
             "extrapolation": extrapolation(posterior, targets),
-            "level": ["family" if k else "population" for k in known],
+            "level": np.where(known, "family", "population"),
         }
     )
     names, rows = list(table.columns), table.itertuples(index=False, name=None)
@@ -620,6 +606,30 @@ def _predict_chunk(thinned: _Thinned, targets: Sequence[Target]) -> pd.DataFrame
         for target, row in zip(targets, rows, strict=True)
     ]
     return table
+
+
+def summary(at: TargetDraws) -> dict[str, FloatArray]:
+    """Columns of the predictions table that follow from the draws alone, each (target,).
+
+    They are lr, lr_q05 .. lr_q95, regret_mean, regret_q95, extra_tokens, p_diverge and loss_q50.
+    """
+    log_lr = recommended_log_lr(at)
+    charged = regret_draws(at, log_lr)
+    mean = charged.mean(axis=0)
+    # Far below the data the penalty for the batch may outgrow the law: no loss is told then.
+    loss = quantiles(at.floor, (0.5,))[0]
+    return {
+        "lr": np.exp(log_lr),
+        **dict(zip(QUANTILE_COLUMNS, np.exp(quantiles(at.log_lr, QUANTILES)), strict=True)),
+        "regret_mean": mean,
+        "regret_q95": quantiles(charged, (0.95,))[0],
+        "extra_tokens": extra_tokens_share(at, mean),
+        # Without an edge, as least squares has none, the risk is not known.
+        "p_diverge": np.where(
+            np.isinf(at.log_edge).all(axis=0), np.nan, p_diverge(at, log_lr).mean(axis=0)
+        ),
+        "loss_q50": np.where(loss > 0, loss, np.nan),
+    }
 
 
 def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:

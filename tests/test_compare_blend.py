@@ -111,6 +111,14 @@ def test_a_mixture_holds_each_in_its_share() -> None:
     assert (mixed.log_lr == 1.0).mean() == 0.25
 
 
+def test_a_mixture_joins_a_shared_skew_and_one_by_target() -> None:
+    shared = draws(1.0)
+    shared = dataclasses.replace(shared, skew=shared.skew[:, :1])
+    mixed = _mixture([shared, draws(2.0)], [0.5, 0.5])
+    assert mixed.skew.shape == (2000, 2)
+    assert mixed.skew.mean() == 1.5
+
+
 def test_the_card_of_the_transfer_keeps_the_lr_and_the_data_may_overrule() -> None:
     card, law = load_prior("transfer"), load_prior("moe-default")
     low, high = card["lr_n_active"].interval(0.9)
