@@ -48,6 +48,7 @@ class _Chains:
         import jax
 
         self.centre, self.root = centre, root
+        self._model = centre, root.astype(np.float32), self.data
         step = _FIRST_STEP
         if self._state is not None:
             step = float(np.mean(self._state.adapt_state.step_size))
@@ -56,14 +57,14 @@ class _Chains:
         for at, key in zip(x, keys, strict=True):
             energy, gradient = self.compiled.value_and_grad(at, self.data)
             z, pull = np.linalg.solve(root, at - centre), root.T @ np.asarray(gradient)
-            states.append(self._begin(key, z, energy, pull, step, (centre, root, self.data)))
+            states.append(self._begin(key, z, energy, pull, step, self._model))
         self._state = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
     def run(self) -> dict[str, FloatArray]:
         """`WINDOW` transitions: x (chain, draw, parameter), and what is kept, in z."""
         import jax
 
-        state, found = self._advance(self._state, self.centre, self.root, self.data)
+        state, found = self._advance(self._state, *self._model)
         # On the host, as `start` leaves it: an array spread over devices would compile anew.
         self._state, kept = jax.tree.map(np.asarray, (state, found))
         return {**kept, "x": self.centre + kept["z"] @ self.root.T}
@@ -87,7 +88,7 @@ def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float)
     if key not in compiled.sampler:
 
         def energy(centre: Any, root: Any, data: Sequence[Any]) -> Any:
-            return lambda z: -compiled.log_density(centre + root @ z, data)
+            return lambda z: -compiled.log_density(centre + root @ z.astype(root.dtype), data)
 
         init, transition = hmc(potential_fn_gen=energy, algo="NUTS")
 

@@ -143,5 +143,9 @@ def compiled_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Co
     if key not in _COMPILED:
         if len(_COMPILED) > 16:
             _COMPILED.clear()
-        _COMPILED[key] = compile_model(arrays, prior, num_families)
+        import pytensor
+
+        # To note where each node was written would take a sixth of the time.
+        with pytensor.config.change_flags(traceback__limit=0):
+            _COMPILED[key] = compile_model(arrays, prior, num_families)
     return _COMPILED[key]
