@@ -34,7 +34,7 @@ from bayeslr.runs import horizon
 from bayeslr.space import Candidate, targets_of, weights_of
 from bayeslr.space import candidates as candidates_of
 from bayeslr.specs import Recipe, RunSpec, Target
-from bayeslr.units import counted, format_quantity
+from bayeslr.units import counted_past, format_quantity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -312,7 +312,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     regret_now = beliefs.regret()
     left = budget_flops
     proposals: list[Proposal] = []
-    stop_reason = counted(num_runs, "run") + (" was" if num_runs == 1 else " were") + " asked for"
+    stop_reason = f"{counted_past(num_runs, 'run')} asked for"
     while len(proposals) < num_runs:
         possible = open_ & (cost <= left)
         falls = beliefs.falls()

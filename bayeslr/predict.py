@@ -537,19 +537,32 @@ def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray
     divided by the data's range, or by ln 2 where that is narrower. The four add in squares.
     Infinite without data.
     """
-    design = posterior.design
-    if design is None:
+    if posterior.design is None:
         return np.full(len(targets), np.inf)
-    x, seen = target_features(targets), design.slice_features()
-    families = np.array([-1 if g is None else g for g in _families(posterior, targets)])
+    x, families = target_features(targets), np.array(_families(posterior, targets))
     total = np.zeros(len(targets))
-    for g in np.unique(families):
-        mine, slices = families == g, (g < 0) | (design.family_of_slice == g)
-        for name in REGRESSORS:
-            low, high = np.min(seen[name][slices]), np.max(seen[name][slices])
+    for g, ranges in _ranges(posterior, targets).items():
+        mine = families == g
+        for name, (low, high) in ranges.items():
             outside = np.maximum(np.maximum(low - x[name][mine], x[name][mine] - high), 0.0)
             total[mine] += (outside / max(high - low, math.log(2.0))) ** 2
     return np.asarray(np.sqrt(total))
+
+
+def _ranges(posterior: Posterior, targets: Sequence[Target],
+            ) -> dict[int | None, dict[str, tuple[float, float]]]:  # fmt: skip
+    """Least and largest of each regressor in the data, by the targets' families."""
+    design, found = posterior.design, {}
+    if design is None:
+        return {}
+    seen = design.slice_features()
+    for g in set(_families(posterior, targets)):
+        slices = np.full(design.num_slices, True) if g is None else design.family_of_slice == g
+        found[g] = {
+            name: (float(np.min(values[slices])), float(np.max(values[slices])))
+            for name, values in seen.items()
+        }
+    return found
 
 
 def _families(posterior: Posterior, targets: Sequence[Target]) -> list[int | None]:
@@ -590,7 +603,8 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     with ThreadPoolExecutor() as pool:
         found = list(pool.map(lambda part: summary(_draws_at(thinned, part)), parts))
     numbers = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    known = np.array([g is not None for g in _families(posterior, targets)])
+    families, ranges = _families(posterior, targets), _ranges(posterior, targets)
+    known = np.array([g is not None for g in families])
     numbers["loss_q50"][~known] = np.nan
     table = pd.DataFrame(
         {
@@ -602,8 +616,8 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     )
     names, rows = list(table.columns), table.itertuples(index=False, name=None)
     table["sentence"] = [
-        sentence(posterior, target, dict(zip(names, row, strict=True)))
-        for target, row in zip(targets, rows, strict=True)
+        _sentence(posterior, target, dict(zip(names, row, strict=True)), ranges.get(g, {}))
+        for target, row, g in zip(targets, rows, families, strict=True)
     ]
     return table
 
@@ -632,7 +646,8 @@ def summary(at: TargetDraws) -> dict[str, FloatArray]:
     }
 
 
-def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
+def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
+              ranges: Mapping[str, tuple[float, float]]) -> str:  # fmt: skip
     """One sentence that a planner can quote about a row of the predictions table."""
     size = format_quantity(target.n_active)
     if target.n_total > target.n_active:
@@ -643,9 +658,7 @@ def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
     elif distance == 0:
         reach = "inside the range of the runs"
     else:
-        reach = f"{distance:.1f} times the runs' own range beyond them" + _direction(
-            posterior, target
-        )
+        reach = f"{distance:.1f} times the runs' own range beyond them{_below(ranges, target)}"
     risk = row["p_diverge"]
     risk_text = "under 1 %" if risk < 0.01 else f"{100 * risk:.0f} %"
     if math.isnan(risk):
@@ -665,11 +678,10 @@ def sentence(posterior: Posterior, target: Target, row: dict[Any, Any]) -> str:
     )
 
 
-def _direction(posterior: Posterior, target: Target) -> str:
-    low = posterior.info["data_low"]
+def _below(ranges: Mapping[str, tuple[float, float]], target: Target) -> str:
     below = [
         word for word, key, value in (
             ("size", "log_n_active", target.n_active), ("tokens", "log_tokens", target.tokens)
-        ) if math.log(value) < low[key] - 1e-9
+        ) if math.log(value) < ranges[key][0] - 1e-9
     ]  # fmt: skip
     return f" (below them in {' and '.join(below)})" if below else ""

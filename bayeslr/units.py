@@ -78,6 +78,11 @@ def counted(number: float, thing: str) -> str:
     return f"{number:.0f} {thing}" + ("" if number == 1 else "s")
 
 
+def counted_past(number: float, thing: str) -> str:
+    """A number of things that something befell: ``1 run was``, ``2 runs were``."""
+    return f"{counted(number, thing)} {'was' if number == 1 else 'were'}"
+
+
 def train_flops(n_active: float, tokens: float) -> float:
     """FLOPs of training: 6 per active parameter and token (Kaplan et al. 2020, section 2.1)."""
     return 6.0 * n_active * tokens

@@ -25,7 +25,8 @@ from bayeslr.predict import (
     regret_draws,
     target_draws,
 )
-from bayeslr.priors import load_prior
+from bayeslr.priors import Prior, load_prior
+from bayeslr.sampling import fit
 from bayeslr.specs import Target
 from bayeslr.units import format_lr
 from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target
@@ -254,6 +255,22 @@ def test_a_target_below_the_data_says_so(posterior: Posterior) -> None:
     assert "below them in size and tokens" in table["sentence"].iloc[0]
     assert "below them" not in table["sentence"].iloc[1]
     assert (table["extrapolation"] > 0).all()
+
+
+def test_a_target_is_below_the_runs_of_its_own_family(card: Prior) -> None:
+    layout = [
+        PlannedSlice(family=family, n_active=n, n_total=8 * n, tokens=tokens, batch_tokens=2**17,
+                     num_lrs=5)
+        for family, sizes in (("small", (3e7, 6e7)), ("large", (3e8, 6e8)))
+        for n in sizes for tokens in (4e9, 8e9)
+    ]  # fmt: skip
+    runs = simulate(card, layout, np.random.default_rng(1)).runs
+    found = predict(fit(runs, card, method="two-stage"), [
+        target(family, family=family, n_active=1e8, n_total=8e8, tokens=5e9, batch_tokens=2.0**17)
+        for family in ("small", "large")
+    ])  # fmt: skip
+    assert list(found["extrapolation"] > 0) == [True, True]
+    assert ["below them in size" in text for text in found["sentence"]] == [False, True]
 
 
 def test_the_sentence_can_be_quoted(posterior: Posterior) -> None:

@@ -47,6 +47,11 @@ class Verdict:
     rows: tuple[Mapping[str, Any], ...]
     share: float
 
+    @property
+    def complete(self) -> bool:
+        """Whether the records say all there is to say."""
+        return self.state in ("ok", "diverged")
+
 
 @final
 class Child:
@@ -282,8 +287,8 @@ def ended_early(spec: RunSpec, run_dir: Path, reason: str) -> Verdict:
 
 
 def complete(spec: RunSpec, run_dir: Path) -> bool:
-    """Whether the records say all there is to say: a killed sweep had not told its study yet."""
-    return judge(spec, run_dir).state in ("ok", "diverged")
+    """Whether the records say all there is to say."""
+    return judge(spec, run_dir).complete
 
 
 def put_away(run_dir: Path) -> None:

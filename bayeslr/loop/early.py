@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr.runner_protocol import Trial
 from bayeslr.specs import RunSpec
-from bayeslr.units import counted, format_quantity
+from bayeslr.units import counted_past, format_quantity
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -98,10 +98,10 @@ class EarlyEnds:
 
     def line(self) -> str:
         """For people."""
-        count = counted(len(self.runs), "run") + (" was" if len(self.runs) == 1 else " were")
         text = (
-            f"{count} stopped early: {format_quantity(self.saved_flops)} FLOPs "
-            f"saved, {format_quantity(self.spent_flops)} spent on them"
+            f"{counted_past(len(self.runs), 'run')} stopped early: "
+            f"{format_quantity(self.saved_flops)} FLOPs saved, "
+            f"{format_quantity(self.spent_flops)} spent on them"
         )
         if self.wrongful:
             text += f"; by the last fit wrongly so: {', '.join(self.wrongful)}"

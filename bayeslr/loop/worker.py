@@ -17,7 +17,6 @@ from bayeslr.errors import SpecError
 from bayeslr.loop.children import (
     Child,
     Verdict,
-    complete,
     ended_early,
     judge,
     put_away,
@@ -273,27 +272,27 @@ class Worker:
     def _start(self, number: int, spec: RunSpec) -> None:
         run_dir = self._runs_dir / spec.run_id
         self._starts[number] = self._starts.get(number, 0) + 1
-        recorded = isinstance(self._runner, RecordedRunner)
-        if self._failed_whole(spec, run_dir):
+        verdict = judge(spec, run_dir, recorded=isinstance(self._runner, RecordedRunner))
+        known = verdict.complete  # a worker was killed before it could tell
+        if known and self._made_again(spec, verdict):
             put_away(run_dir)
-        if complete(spec, run_dir):  # a worker was killed before it could tell
-            self._tell(number, spec, judge(spec, run_dir, recorded=recorded), 0.0)
+            known = False
+        if known:
+            self._tell(number, spec, verdict, 0.0)
         elif isinstance(self._runner, RecordedRunner):
             self._look_up(self._runner, number, spec, run_dir)
         else:
             self._children[number] = Child(spec, run_dir, self._runner.command(spec, run_dir))
             self._progress(f"training {len(self._children)} run(s)", transient=True)
 
-    def _failed_whole(self, spec: RunSpec, run_dir: Path) -> bool:
-        """Whether the run is made again, for what it recorded from start to end broke a rule.
+    def _made_again(self, spec: RunSpec, verdict: Verdict) -> bool:
+        """Whether a complete run begins anew, for what it recorded broke a rule.
 
         Its checkpoint is at the end: the trainer would have nothing to add.
         """
-        if not complete(spec, run_dir):
-            return False
         before = [t for t in self._study.trials() if t.spec.run_id == spec.run_id and t.finished]
         failed = any(t.state == "failed" for t in before)
-        return failed and require_rules(spec, judge(spec, run_dir)).state == "failed"
+        return failed and require_rules(spec, verdict).state == "failed"
 
     def _look_up(self, runner: RecordedRunner, number: int, spec: RunSpec, run_dir: Path) -> None:
         failure = ""
