@@ -48,6 +48,8 @@ class _Chains:
         import jax
 
         self.centre, self.root = centre, root
+        # A step reads the whole root twice: in single precision that costs half. It moves x by a
+        # ten-millionth of its way from the centre, always the same for the same z.
         self._model = centre, root.astype(np.float32), self.data
         step = _FIRST_STEP
         if self._state is not None:

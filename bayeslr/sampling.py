@@ -241,7 +241,7 @@ def _recentred(x: FloatArray, compiled: CompiledModel, prior: Prior, old: valley
 
 def _hessian(compiled: CompiledModel, x: FloatArray, data: Sequence[Any],
              free: NDArray[np.int64]) -> FloatArray:  # fmt: skip
-    """Differences of the gradient: no second compilation."""
+    """Forward differences of the gradient: no second compilation."""
     hessian = np.zeros((compiled.size, compiled.size))
     here = np.asarray(compiled.value_and_grad(x, data)[1])
     for i in free:
