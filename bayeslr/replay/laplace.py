@@ -42,8 +42,7 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
     arrays = valley.model_data(design, padded)
     compiled = compiled_model(arrays, card, len(design.families))
     mode, hessian = sampling.find_mode(compiled, arrays, card)
-    for name in sampling.SCALES:
-        at = compiled.index(f"{name}_log__")
+    for name, at in sampling.held(compiled).items():
         hessian[at, at] = 1.0 / card[name].scale ** 2
     root = sampling.whitening(compiled, hessian)
     z = np.random.default_rng([seed, 20_260_110]).normal(size=(num_draws, compiled.size))
