@@ -143,10 +143,10 @@ class _Beliefs:
         num_pairs = sum(len(mine) for mine in cell_of)
         max_draws = int(np.clip(_MAX_PAIRS / num_pairs, _FEWEST_DRAWS, _MOST_DRAWS))
         at = target_draws(posterior, [*targets, *extra], max_draws=max_draws)
-        if not (np.isfinite(at.log_lr).all() and np.isfinite(at.floor).all()):
+        if not np.isfinite(at.floor).all():
             raise UntrustworthyFit(
-                "the posterior holds draws that are no numbers, so no run can be chosen by it; "
-                "fit again with more draws"
+                "the posterior holds draws of the loss that are no numbers, so no run can be "
+                "chosen by it; fit again with more draws"
             )
         self.at = at
         self.goal = at.log_lr[:, : len(targets)].copy()

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayeslr.errors import UntrustworthyFit
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -25,6 +27,9 @@ WINDOW = 100
 
 # First step of the integrator, of a standard normal's unit.
 _FIRST_STEP = 0.2
+
+# How often a start is moved half way to the mode.
+_HALVINGS = 20
 
 # What is kept of each transition.
 _STATISTICS = ("num_steps", "diverging", "accept_prob")
@@ -123,7 +128,10 @@ def rounder(root: FloatArray, z: FloatArray, gradient: FloatArray) -> FloatArray
     geometric mean of the draws' covariance and the inverse of their gradients' (Seyboldt, Carlson
     and Carpenter 2026, arXiv 2603.18845). Directions that no draw tells keep their scale.
     """
-    scale = np.sqrt(z.std(axis=0) / gradient.std(axis=0))
+    spread = z.std(axis=0), gradient.std(axis=0)
+    if not (spread[0].all() and spread[1].all()):
+        return root  # chains that never moved tell nothing
+    scale = np.sqrt(spread[0] / spread[1])
     z, gradient = z / scale, gradient * scale
     unseen = np.eye(z.shape[1]) / len(z)
     half = _root(np.cov(gradient.T) + unseen)
@@ -138,6 +146,27 @@ def _root(matrix: FloatArray) -> FloatArray:
     return np.asarray((vectors * np.sqrt(np.maximum(scales, 0.0))) @ vectors.T)
 
 
+def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray, root: FloatArray,
+            rng: np.random.Generator, num_chains: int) -> FloatArray:  # fmt: skip
+    """Where the chains begin, (chain, parameter): about the mode, nearer where a place is no number.
+
+    Raises: UntrustworthyFit where the density is no number at the mode itself.
+    """
+    away = 0.5 * rng.normal(size=(num_chains, compiled.size)) @ root.T
+    for chain in range(num_chains):
+        for _ in range(_HALVINGS):
+            energy, gradient = compiled.value_and_grad(mode + away[chain], data)
+            if np.isfinite(energy) and np.isfinite(np.asarray(gradient)).all():
+                break
+            away[chain] /= 2.0
+        else:
+            raise UntrustworthyFit(
+                "the posterior's density is no number about its mode, so no chain can begin there; "
+                "look for rows that contradict each other (bayeslr check)"
+            )
+    return np.asarray(mode + away)
+
+
 def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: FloatArray, *,
            seed: int, num_warmup: int, num_draws: int, num_chains: int,
            enough: Callable[[dict[str, FloatArray]], bool] = lambda draws: True,
@@ -150,12 +179,13 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
     warm-up but the last ends by making the coordinates rounder. After ``num_draws`` a chain,
     ``enough(draws)`` is asked; while it says no, the chains go on window by window, up to
     ``max_rounds`` times as many draws. Counts are rounded up to whole `WINDOW`s.
+    Raises: UntrustworthyFit where no chain can begin.
     """
     import jax.numpy as jnp
 
     data = tuple(jnp.asarray(values) for values in arrays.values())
     chains = _Chains(compiled, data, num_chains, target_accept, seed)
-    x = mode + 0.5 * np.random.default_rng(seed).normal(size=(num_chains, compiled.size)) @ root.T
+    x = _starts(compiled, data, mode, root, np.random.default_rng(seed), num_chains)
     num_windows = max(1, -(-num_warmup // WINDOW))
     centre, seen = mode, []
     for i in range(num_windows):

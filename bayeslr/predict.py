@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayeslr import laws
-from bayeslr.errors import DataError, SpecError
+from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import REGRESSORS
 from bayeslr.posterior import Posterior, make_posterior, require_convention
 from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
@@ -192,6 +192,7 @@ def target_draws(posterior: Posterior, targets: Sequence[Target], *,
 
     Draws are thinned evenly to ``max_draws``. Equal targets share their effects; new effects are
     drawn from the fit's own seed, so that two calls agree.
+    Raises: UntrustworthyFit for draws that are no numbers.
     """
     for target in targets:
         require_convention(posterior, target)
@@ -199,9 +200,14 @@ def target_draws(posterior: Posterior, targets: Sequence[Target], *,
 
 
 def _draws_at(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
-    if thinned.posterior.info["method"] == "two-stage":
-        return _two_stage_draws(thinned, targets)
-    return _valley_draws(thinned, targets)
+    two_stage = thinned.posterior.info["method"] == "two-stage"
+    at = (_two_stage_draws if two_stage else _valley_draws)(thinned, targets)
+    if not np.isfinite(at.log_lr).all():
+        raise UntrustworthyFit(
+            "the posterior holds draws of the optimal LR that are no numbers, so nothing can be "
+            "told of a target; fit again from the runs"
+        )
+    return at
 
 
 # Parameters of the population behind a family's level: start, stem of its exponents, scatter.

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeslr.errors import SpecError
+from bayeslr.errors import SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
 from bayeslr.models.compiled import CompiledModel, compiled_model
@@ -58,6 +58,9 @@ _STEP = {
 
 # L-BFGS stalls on thin tables and gets on when begun anew: so often, while it gains so many nats.
 _SEARCHES, _LEAST_GAIN = 4, 1.0
+
+# Height and curvature of what stands where the density cannot be worked out, nats.
+_WALL = 1e6
 
 
 def configure_jax(num_devices: int | None = None) -> None:
@@ -166,6 +169,7 @@ def find_mode(
 
     Returns: x, shape (parameter,), and Hessian, shape (parameter, parameter), in which the rows of
     what is held have a prior-sized curvature.
+    Raises: UntrustworthyFit where the density about the end of the search is no number.
     """  # fmt: skip
     import jax.numpy as jnp
     from scipy.optimize import minimize
@@ -178,11 +182,20 @@ def find_mode(
     for name, size in _STEP.items():
         step[compiled.index(name)] = size
 
+    # Where a step overflows the search finds a bowl about the last point that did not.
+    good = np.zeros(len(free)), 0.0
+
     def objective(y: FloatArray) -> tuple[float, FloatArray]:
+        nonlocal good
         trial = x.copy()
         trial[free] += step[free] * y
         value, gradient = compiled.value_and_grad(trial, data)
-        return float(value), np.asarray(gradient)[free] * step[free]
+        slope = np.asarray(gradient)[free] * step[free]
+        if not (np.isfinite(value) and np.isfinite(slope).all()):
+            back = y - good[0]
+            return good[1] + _WALL * float(1.0 + back @ back), 2.0 * _WALL * back
+        good = y.copy(), float(value)
+        return float(value), slope
 
     y, least = np.zeros(len(free)), math.inf
     for _ in range(_SEARCHES):
@@ -196,6 +209,8 @@ def find_mode(
     x[free] += step[free] * y
     hessian = _hessian(compiled, x, data, free)
     for _ in range(3):
+        if not np.isfinite(hessian).all():
+            break
         value, gradient = compiled.value_and_grad(x, data)
         block = hessian[np.ix_(free, free)]
         scales, vectors = np.linalg.eigh(block)
@@ -208,6 +223,12 @@ def find_mode(
             break
         x = trial
         hessian = _hessian(compiled, x, data, free)
+    if not np.isfinite(hessian).all():
+        raise UntrustworthyFit(
+            "no mode of the posterior was found: where the search ended its density is no number. "
+            "Look for rows that contradict each other (bayeslr check), or for a prior card whose "
+            "scales are far from the runs'"
+        )
     for name, at in held(compiled).items():
         hessian[at, at] = 2.0 / prior[name].scale ** 2
     return x, hessian
@@ -308,7 +329,7 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     tables, and fewer draws. num_draws: a chain, at least; the chains go on to eight times as many
     until the convergence gate is passed. The result's ``info["verdict"]`` says whether it was.
     Raises: DataError if no run can be used, SpecError for an unknown method or card, or a count
-    that is too small.
+    that is too small, UntrustworthyFit where the sampler finds nowhere to begin.
     """
     if not isinstance(runs, RunTable):
         raise SpecError(

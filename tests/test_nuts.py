@@ -39,3 +39,9 @@ def test_round_coordinates_stay_as_they_are_with_few_draws() -> None:
     draws = rng.normal(size=(8, 40))
     root = rounder(np.eye(40), draws, -draws)
     assert root @ root.T == pytest.approx(np.eye(40), abs=1e-9)
+
+
+def test_chains_that_never_moved_leave_the_coordinates_alone() -> None:
+    still = np.zeros((20, 3))
+    root = rounder(np.eye(3), still, still)
+    np.testing.assert_array_equal(root, np.eye(3))

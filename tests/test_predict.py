@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bayeslr.errors import DataError, SpecError
+from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.laws import linex
 from bayeslr.models.simulate import PlannedSlice, simulate
@@ -51,6 +51,13 @@ def test_quantiles_are_ordered_and_columns_complete(posterior: Posterior) -> Non
     assert table["p_diverge"].between(0, 1).all()
     assert (table["extra_tokens"] > 0).all()
     assert table["target_id"].tolist() == [f"t{x}" for x in ladder()]
+
+
+def test_draws_that_are_no_numbers_are_refused(posterior: Posterior) -> None:
+    broken = dataclasses.replace(posterior, draws=posterior.draws.copy(deep=True))
+    broken.draws["lr_level"][0, 3] = np.nan
+    with pytest.raises(UntrustworthyFit, match="draws of the optimal LR that are no numbers"):
+        predict(broken, [target()])
 
 
 def test_intervals_widen_with_the_distance_from_the_data(posterior: Posterior) -> None:

@@ -7,16 +7,17 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from bayeslr.errors import DataError, SpecError
+from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.models import valley
 from bayeslr.models.compiled import compiled_model
 from bayeslr.models.simulate import PlannedSlice, card_log_lr, simulate
+from bayeslr.nuts import sample
 from bayeslr.posterior import Posterior
 from bayeslr.priors import OUTPUTS, SLOPES, Prior, load_prior
 from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import find_mode, fit, held, padded
-from tests.model_fixtures import made_up_runs, run_record, true_log_lr
+from tests.model_fixtures import BATCHES, made_up_runs, run_record, true_log_lr
 
 
 def test_the_same_seed_gives_the_same_draws_and_chains_differ(
@@ -118,6 +119,34 @@ def test_the_search_ends_near_a_mode_where_runs_are_few() -> None:
     value, _ = compiled.value_and_grad(mode, tuple(arrays.values()))
     assert value < 0
     assert np.linalg.eigvalsh(hessian)[0] > -10
+
+
+def test_the_search_comes_back_from_where_the_density_overflows() -> None:
+    """A larger shape that came out far worse drives an exponent off; the search used to end there."""
+    card = load_prior("moe-default")
+    losses = (3.739, 3.622, 3.522, 3.450, 3.417, 3.443)
+    rows = [
+        run_record(f"a{i}", 1e5, 4e5, 4096.0, 1e-3 * 2**i, loss) for i, loss in enumerate(losses)
+    ]
+    runs = make_table([*rows, run_record("b", 3e5, 1.6e6, 4096.0, 1e-3, 7.0)], source="made-up")
+    design = build_design(runs)
+    arrays = valley.model_data(design, padded(valley.sizes_of(design)))
+    compiled = compiled_model(arrays, card, 1)
+    mode, hessian = find_mode(compiled, arrays, card)
+    assert np.linalg.eigvalsh(hessian)[0] > 0
+    assert np.abs(mode[compiled.index("loss_ratio")]).max() < 5
+
+
+def test_a_density_that_is_nowhere_a_number_is_refused() -> None:
+    runs = made_up_runs(sizes=(3e7,), batches=BATCHES[:1])
+    arrays = valley.model_data(build_design(runs))
+    compiled = compiled_model(arrays, load_prior("moe-default"), 1)
+    mode, root = compiled.start.copy(), np.eye(compiled.size)
+    mode[compiled.index("log_loss_slope")] = 1e3
+    with pytest.raises(UntrustworthyFit, match="no mode of the posterior was found"):
+        find_mode(compiled, arrays, load_prior("moe-default"), mode)
+    with pytest.raises(UntrustworthyFit, match="no chain can begin there"):
+        sample(compiled, arrays, mode, root, seed=1, num_warmup=1, num_draws=1, num_chains=2)
 
 
 def test_one_lr_in_every_slice_is_said(posterior: Posterior) -> None:
