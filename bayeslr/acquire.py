@@ -175,6 +175,13 @@ class _Beliefs:
         self.loss = floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
         observed_at = [extra[i - len(targets)] for i in column]
         self.noise_variance = _noise_variance(posterior, u, finished, observed_at)
+        # Decay branches of one run share part of their noise: as draws, like all that is joint.
+        candidate_of = np.repeat(np.arange(len(candidates)), num_branches)
+        ratio = {name: np.median(posterior.flat(name)) for name in ("noise_run", "noise_order")}
+        of_trunk, _, own = laws.noise_shares(num_branches[candidate_of] > 1, 0.0, ratio)
+        effect = rng.normal(size=(len(self.loss), len(candidates)))[:, candidate_of]
+        self.loss += of_trunk * np.sqrt(self.noise_variance) * effect
+        self.noise_variance *= own**2
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         options = _Options(
             log_lr, [mine[-1] for mine in cell_of], at.log_lr[:, len(targets) :].mean(axis=0),

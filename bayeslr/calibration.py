@@ -265,7 +265,7 @@ def _drawn(card: Prior, num_runs: int, num_families: int,
             build_design(drawn.runs)
         except DataError:
             continue
-        clean = len(drawn.runs) == sum(s.num_lrs * s.repeats for s in layout)
+        clean = drawn.runs.quarantine.empty
         loss = drawn.runs.frame["loss"]
         if clean and float(loss.max() - loss.min()) < 6.0:
             return drawn, targets
@@ -315,12 +315,14 @@ def _ladder(card: Prior, family: str, num_runs: int,
     grid = [(n, e, d, b) for d in tokens for n, e in zip(sizes, experts, strict=True)
             for b in batches]  # fmt: skip
     grid.sort(key=lambda cell: cell[0] * cell[2])
+    branching = rng.random() < 0.4  # Under WSD a run measures the shorter horizons on its way.
     fixed: dict[str, Any] = {"family": family, "loss_se": loss_se}
     ladder = [
         PlannedSlice(n_active=n, n_total=n * e, tokens=d, batch_tokens=b,
-                     num_lrs=7 if i == 0 else num_lrs, step=math.log(2.0) if i == 0 else step,
-                     **fixed)
+                     num_lrs=7 if wide else num_lrs, step=math.log(2.0) if wide else step,
+                     trunk=f"{family}-{n:.0f}-{b:.0f}" if branching else None, **fixed)
         for i, (n, e, d, b) in enumerate(grid)
+        for wide in [(n, b) == (grid[0][0], grid[0][3]) if branching else i == 0]
     ]  # fmt: skip
     if rng.random() < 0.3:
         # Runs that are still going: losses read off before the LR has decayed.
@@ -389,7 +391,10 @@ def _fit(runs: RunTable, card: Prior, *, seed: int) -> Posterior:
     design = build_design(runs)
     own = valley.sizes_of(design)
     fitting = [s for s in _SIZES if all(own[level] <= s[level] for level in s)]
-    sizes = {**fitting[0], "family": own["family"]} if fitting else own
+    sizes = own
+    if fitting:
+        shared = fitting[0]["run"] if own["shared"] else 0
+        sizes = {**fitting[0], "family": own["family"], "shared": shared}
     draws, statistics = sample_design(
         design, card, sizes=sizes, gate=LOOP_GATE, seed=seed, num_warmup=_NUM_WARMUP,
         num_draws=_NUM_DRAWS, num_chains=_NUM_CHAINS, max_rounds=_MAX_ROUNDS,
@@ -403,6 +408,8 @@ def _judge(drawn: Simulation, posterior: Posterior, targets: Sequence[Target],
            rng: np.random.Generator, seconds: float) -> TableResult:  # fmt: skip
     pit = {}
     for name, truth in drawn.truth.items():
+        if name == "shared_noise":  # not every table has some
+            continue
         draws = posterior.draws[name].to_numpy()
         if truth.ndim == 2:
             for j, slope in enumerate(SLOPES):

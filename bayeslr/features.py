@@ -38,7 +38,10 @@ class Design:
     """Arrays of one fit.
 
     Runs: ``slice_of_run`` (run,), ``log_lr`` (run,), ``loss`` (run,) in nats with NaN for diverged
-    runs, ``loss_se`` (run,) in nats, zero where unknown, ``diverged`` (run,).
+    runs, ``loss_se`` (run,) in nats, zero where unknown, ``diverged`` (run,). What shares noise:
+    ``trunk_of_run`` (run,) numbers the training runs that have several rows (decay branches),
+    ``order_of_run`` (run,) goes on with the data orders (seeds) of slices that have several; -1
+    where a row has none.
     Slices: ``cell_of_slice``, ``log_batch`` (slice,), tokens. Cells: ``shape_of_cell``,
     ``log_tokens``, ``annealed`` (cell,), false for losses read off before the LR had decayed.
     Shapes: ``family_of_shape``, ``log_n_active``, ``log_sparsity`` (shape,), the latter
@@ -50,6 +53,8 @@ class Design:
     loss: FloatArray
     loss_se: FloatArray
     diverged: BoolArray
+    trunk_of_run: IntArray
+    order_of_run: IntArray
     cell_of_slice: IntArray
     log_batch: FloatArray
     shape_of_cell: IntArray
@@ -80,6 +85,11 @@ class Design:
     def num_shapes(self) -> int:
         """Shapes."""
         return len(self.log_n_active)
+
+    @property
+    def num_shared(self) -> int:
+        """Training runs of several rows, and data orders of slices that have several."""
+        return 1 + max(int(self.trunk_of_run.max()), int(self.order_of_run.max()))
 
     @property
     def shape_of_slice(self) -> IntArray:
@@ -131,6 +141,29 @@ def _codes(frame: pd.DataFrame, key: list[str]) -> tuple[IntArray, IntArray]:
     codes = frame.groupby(key, dropna=False, sort=True).ngroup().to_numpy().astype(np.int64)
     _, first = np.unique(codes, return_index=True)
     return codes, first.astype(np.int64)
+
+
+def _numbered(keys: pd.DataFrame, counts: BoolArray, first: int) -> IntArray:
+    """Number of each row's group from ``first`` on, groups in order of their keys; -1 elsewhere."""
+    numbers = np.full(len(keys), -1, dtype=np.int64)
+    if counts.any():
+        names = list(keys.columns)
+        numbers[counts] = first + keys[counts].groupby(names, sort=True).ngroup().to_numpy()
+    return numbers
+
+
+def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntArray]:
+    """``trunk_of_run`` and ``order_of_run`` of a `Design`.
+
+    A slice whose runs all have seeds of their own, or all the same, has no orders to tell apart.
+    """
+    runs = frame[["family", "run_id"]]
+    trunk_of_run = _numbered(runs, runs.duplicated(keep=False).to_numpy(), 0)
+    orders = frame[["seed"]].assign(slice=slice_of_run)
+    seeds = orders.groupby("slice")["seed"].transform("nunique").to_numpy()
+    rows = orders.groupby("slice")["seed"].transform("count").to_numpy()
+    several = orders["seed"].notna().to_numpy() & (seeds > 1) & (seeds < rows)
+    return trunk_of_run, _numbered(orders, several, int(trunk_of_run.max()) + 1)
 
 
 def usable_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -189,6 +222,7 @@ def build_design(table: RunTable) -> Design:
     family_of_shape, first_shape = _codes(shapes, ["family"])
     families = shapes.iloc[first_shape].reset_index(drop=True)
 
+    trunk_of_run, order_of_run = _shared(frame, slice_of_run)
     log_n_active = np.log(shapes["n_active"].to_numpy(dtype=float))
     loss_se = frame["loss_se"].to_numpy(dtype=float, na_value=np.nan)
     return Design(
@@ -197,6 +231,8 @@ def build_design(table: RunTable) -> Design:
         loss=np.where(diverged, np.nan, frame["loss"].to_numpy(dtype=float, na_value=np.nan)),
         loss_se=np.where(np.isfinite(loss_se), loss_se, 0.0),
         diverged=diverged,
+        trunk_of_run=trunk_of_run,
+        order_of_run=order_of_run,
         cell_of_slice=cell_of_slice,
         log_batch=np.log(slices["batch_tokens"].to_numpy(dtype=float)),
         shape_of_cell=shape_of_cell,

@@ -79,6 +79,19 @@ def noise_scale(
     return xp.sqrt(xp.exp(2.0 * widening) * own + loss_se**2)
 
 
+def noise_shares(in_trunk: Any, in_order: Any, p: Mapping[str, Any], xp: Any = np) -> Any:
+    """Parts of the noise of a row, as shares of its scale: its training run's, its data order's,
+    its own. Their squares add up to one.
+
+    in_trunk, in_order: one where the row has such a part, else zero. ``noise_run`` and
+    ``noise_order`` of ``p`` are the logs of the variance of each over that of the row's own.
+    """
+    trunk = in_trunk * xp.exp(0.5 * p["noise_run"])
+    order = in_order * xp.exp(0.5 * p["noise_order"])
+    own = 1.0 / xp.sqrt(1.0 + trunk**2 + order**2)
+    return trunk * own, order * own, own
+
+
 def logistic(x: Any) -> Any:
     """1 / (1 + e^-x), without overflow."""
     return 0.5 * (1.0 + np.tanh(0.5 * x))

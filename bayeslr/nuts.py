@@ -148,7 +148,7 @@ def _root(matrix: FloatArray) -> FloatArray:
 
 def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray, root: FloatArray,
             rng: np.random.Generator, num_chains: int) -> FloatArray:  # fmt: skip
-    """Where the chains begin, (chain, parameter): about the mode, nearer where a place is no number.
+    """Where the chains begin, (chain, parameter): about the mode, nearer where need be.
 
     Raises: UntrustworthyFit where the density is no number at the mode itself.
     """

@@ -33,8 +33,9 @@ class RunDraws:
     """What draws say of runs, each (draw, run) where not said otherwise.
 
     ``offset`` is ln(LR / LR*); ``excess`` the expected loss above the slice's floor, ``mean`` the
-    expected loss and ``scale`` the Student-t scale of its noise, in nats; ``dof`` (draw, 1) the
-    degrees of freedom; ``logit`` the log odds of divergence.
+    expected loss, with the noise that the run shares with others, and ``scale`` the Student-t scale
+    of its own, in nats; ``dof`` (draw, 1) the degrees of freedom; ``logit`` the log odds of
+    divergence.
     """
 
     offset: FloatArray
@@ -66,6 +67,13 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
         design.log_tokens[c] - mid["log_tokens"], noise_parameters(posterior, draws, g),
         design.loss_se[runs],
     )  # fmt: skip
+    mean = value("floor", s) + excess
+    if design.num_shared:
+        parts = {name: value(name) for name in ("noise_run", "noise_order")}
+        trunk, order = design.trunk_of_run[runs], design.order_of_run[runs]
+        of_trunk, of_order, own = laws.noise_shares(trunk >= 0, order >= 0, parts)
+        shared = of_trunk * value("shared_noise", trunk) + of_order * value("shared_noise", order)
+        mean, scale = mean + scale * shared, scale * own
     slopes = posterior.flat("family_slope")[draws]
     below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
     best_batch = value("best_batch", c)
@@ -76,7 +84,7 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
         + np.exp(value("log_edge_offset", g))
     )  # fmt: skip
     return RunDraws(
-        offset=offset, excess=excess, mean=value("floor", s) + excess, scale=scale,
+        offset=offset, excess=excess, mean=mean, scale=scale,
         dof=1.0 + value("noise_dof"), logit=(design.log_lr[runs] - edge) / value("edge_width"),
     )  # fmt: skip
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from bayeslr.specs import Recipe, Target
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 POSTERIOR_FILE, FIT_FILE, RUNS_FILE = "posterior.nc", "fit.json", "runs.parquet"
 
 
@@ -57,7 +57,8 @@ LOOP_GATE = Gate(max_r_hat=1.05, min_effective_draws=60.0, max_divergent_share=0
 class Posterior:
     """Draws of a fit, and all that is needed to predict from them.
 
-    draws: Dataset with dimensions chain, draw and, by variable, family, slope, shape, cell, slice.
+    draws: Dataset with dimensions chain, draw and, by variable, family, slope, shape, cell, slice,
+    shared (training runs of several rows and data orders, in the order of the design).
     design, runs: what was fitted; None for a prior card alone. info: method, seed, centre,
     diagnostics, verdict, versions, hashes; JSON-safe.
     """
@@ -219,7 +220,7 @@ def _versions() -> dict[str, str]:
 
 def reported(dataset: xr.Dataset) -> list[str]:
     """Variables whose convergence is judged: parameters of the card, of families and of shapes."""
-    local = {"cell", "slice"}
+    local = {"cell", "slice", "shared"}
     return [
         str(name) for name, values in dataset.data_vars.items()
         if not local & {str(dim) for dim in values.dims}

@@ -45,8 +45,8 @@ SCALES = (
     "skew_family_sd", "edge_family_sd", "loss_shape_sd", "loss_cell_sd", "loss_slice_sd",
 )  # fmt: skip
 
-# So are the noise's slopes: along them it goes to zero at some run, and wins as well.
-NOISE_SLOPES = ("noise_batch", "noise_tokens", "noise_side")
+# So are the noise's slopes and parts: along them it goes to zero at some run, and wins as well.
+NOISE_SLOPES = ("noise_batch", "noise_tokens", "noise_side", "noise_run", "noise_order")
 
 # Steps of the search for the mode, in the units of each effect; all others move by 0.3.
 _STEP = {
@@ -411,9 +411,11 @@ def padded(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def unpadded(draws: Mapping[str, FloatArray], sizes: Mapping[str, int]) -> dict[str, FloatArray]:
-    """Draws without the padded entries of each level."""
+    """Draws without the padded entries of each level, and without levels that have no entry."""
     kept = {}
     for name, values in draws.items():
         levels = OUTPUTS.get(name)
+        if levels and not sizes[levels[0]]:
+            continue
         kept[name] = values[:, :, : sizes[levels[0]]] if levels else values
     return kept

@@ -112,6 +112,10 @@ def test_layouts_are_such_as_users_make(card: Prior, num_runs: int) -> None:
             assert 3 <= total <= 208
             assert len({s.family for s in layout}) == num_families
             assert layout[0].num_lrs >= 3
+            for trunk in {s.trunk for s in layout} - {None}:
+                mine = [s for s in layout if s.trunk == trunk]
+                assert len({(s.n_active, s.batch_tokens, s.num_lrs, s.step) for s in mine}) == 1
+                assert [s.tokens for s in mine] == sorted({s.tokens for s in mine})
 
 
 def test_tables_hold_what_the_card_allows_and_repeat_with_their_seed(card: Prior) -> None:

@@ -57,6 +57,22 @@ def test_the_order_of_rows_does_not_matter() -> None:
     )
 
 
+def test_decay_branches_and_data_orders_are_told_apart() -> None:
+    """A run of one row shares no noise; nor do seeds that every run, or none, has to itself."""
+    design = design_of(
+        row("a", d=1e9), row("a", d=2e9), row("b", d=1e9), row("c", d=1e9, lr=2e-3),
+        row("c", d=2e9, loss=None, lr=2e-3),
+        *(row(f"s{s}{i}", n=2e8, lr=1e-3 * 2**i, seed=s) for s in (0, 1) for i in range(2)),
+        row("s9", n=2e8, lr=3e-3),
+        *(row(f"t{i}", n=4e8, lr=1e-3 * 2**i, seed=i) for i in range(3)),
+        *(row(f"u{i}", n=8e8, lr=1e-3 * 2**i, seed=0) for i in range(3)),
+    )  # fmt: skip
+    none = [-1] * 6
+    assert design.trunk_of_run.tolist() == [0, 0, -1, 1, 1, *[-1] * 5, *none]
+    assert design.order_of_run.tolist() == [-1] * 5 + [2, 2, 3, 3, -1, *none]
+    assert design.num_shared == 4
+
+
 def test_families_part() -> None:
     design = design_of(
         row("a"), row("b", family="other", parametrization="mup"), row("c", parametrization="sp"),

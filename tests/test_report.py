@@ -105,6 +105,8 @@ def made_up_posterior(families: tuple[str, ...] = ("one",), *, r_hat: bool = Tru
         "log_curvature": math.log(0.03), "floor": 2.5,
     }  # fmt: skip
     for name, levels in OUTPUTS.items():
+        if name == "shared_noise":  # these runs share none
+            continue
         shape = (*chains, *(sizes[level] for level in levels))
         if name in PER_FAMILY:
             draws[name] = card[name].draw(rng, math.prod(shape)).reshape(shape)

@@ -39,7 +39,11 @@ def test_all_outputs_are_there_in_the_sizes_of_the_data(posterior: Posterior) ->
     design = posterior.design
     assert design is not None
     sizes = valley.sizes_of(design)
+    assert design.num_shared == 0
+    assert "shared_noise" not in posterior.draws
     for name, levels in OUTPUTS.items():
+        if name == "shared_noise":
+            continue
         for level, size in zip(levels, posterior.draws[name].shape[2:], strict=True):
             assert size == (len(SLOPES) if level == "slope" else sizes[level]), name
     assert all(bool(np.isfinite(v).all()) for v in posterior.draws.data_vars.values())
@@ -122,7 +126,7 @@ def test_the_search_ends_near_a_mode_where_runs_are_few() -> None:
 
 
 def test_the_search_comes_back_from_where_the_density_overflows() -> None:
-    """A larger shape that came out far worse drives an exponent off; the search used to end there."""
+    """A larger shape that came out far worse drives an exponent off; there it used to end."""
     card = load_prior("moe-default")
     losses = (3.739, 3.622, 3.522, 3.450, 3.417, 3.443)
     rows = [

@@ -29,7 +29,10 @@ Point = Mapping[str, NDArray[np.float64]]
 
 
 def two_families() -> RunTable:
-    """Two families, a slice of unfinished runs, known standard errors, diverged runs."""
+    """Two families, a slice of unfinished runs, known standard errors, diverged runs.
+
+    Of the other family each run has two decay branches, at two seeds.
+    """
     first = made_up_runs(offsets=(-1.4, 0.0, 2.1))
     middle = true_log_lr(3e7, 2e9, 131_072.0)
     rows = [
@@ -40,9 +43,10 @@ def two_families() -> RunTable:
         for i, u in enumerate((-0.7, 0.0, 0.7))
     ] + [
         run_record(
-            f"o{i}", 5e7, 4e9, 262_144.0, np.exp(middle + u), 2.9 + 0.02 * u**2, family="other"
+            f"o{i}{seed}", 5e7, tokens, 262_144.0, np.exp(middle + u),
+            2.9 + 0.02 * u**2 + 0.001 * seed, family="other", seed=seed,
         )
-        for i, u in enumerate((-0.7, 0.0, 0.7))
+        for i, u in enumerate((-0.7, 0.0, 0.7)) for seed in (0, 1) for tokens in (4e9, 8e9)
     ]  # fmt: skip
     return concat([first, make_table(rows)])
 
@@ -188,9 +192,16 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         widened**2 * (p["noise_sd"][gr] ** 2 + (p["noise_share"] * excess) ** 2)
         + arrays["run_loss_se"] ** 2
     )
+    z = point["shared_noise"]
+    total += np.sum(normal(z))
     for i in np.flatnonzero(arrays["run_has_loss"]):
+        # Variances of the run, the order and the row itself.
+        parts = np.array([np.exp(p["noise_run"]) * arrays["run_in_trunk"][i],
+                          np.exp(p["noise_order"]) * arrays["run_in_order"][i], 1.0])  # fmt: skip
+        roots = sd[i] * np.sqrt(parts / parts.sum())
+        common = roots[0] * z[arrays["run_trunk"][i]] + roots[1] * z[arrays["run_order"][i]]
         total += stats.t.logpdf(
-            arrays["run_loss"][i], 1 + p["noise_dof"], floor[s][i] + excess[i], sd[i]
+            arrays["run_loss"][i], 1 + p["noise_dof"], floor[s][i] + excess[i] + common, roots[2]
         )
     edge = lr_c[c] + zero_knee + p["edge_batch"] * (knee - zero_knee) + np.exp(log_edge)[gs]
     edge = edge[s]
@@ -270,7 +281,7 @@ def test_regressors_are_centred_on_the_data(arrays: valley.Arrays) -> None:
 def test_padding_adds_the_padded_effects_prior_and_nothing_else(
     compiled: CompiledModel, arrays: valley.Arrays, card: Prior
 ) -> None:
-    sizes = {"run": 64, "slice": 16, "cell": 8, "shape": 5, "family": 2}
+    sizes = {"run": 64, "slice": 16, "cell": 8, "shape": 5, "family": 2, "shared": 24}
     padded_arrays = valley.model_data(build_design(two_families()), sizes)
     padded = compile_model(padded_arrays, card, 2)
     rng = np.random.default_rng(4)
@@ -291,7 +302,7 @@ def test_padded_effects_start_at_nothing(card: Prior) -> None:
     padded_arrays = valley.model_data(build_design(two_families()), sizes)
     padded = compile_model(padded_arrays, card, 2)
     start = _data_start(padded, padded_arrays, card)
-    for name, used in (("floor", 10), ("loss_cell", 6), ("lr_opt", 10), ("lr_shape", 3)):
+    for name, used in (("floor", 11), ("loss_cell", 7), ("lr_opt", 11), ("lr_shape", 3)):
         np.testing.assert_array_equal(start[padded.index(f"{name}_raw")[used:]], 0.0)
 
 
@@ -314,7 +325,7 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
     found = []
     for _ in range(num_tables):
         truth = simulate._draw(card, design, np.arange(design.num_slices), rng)
-        records = simulate._runs(card, LAYOUT, where, truth, rng)
+        records, _ = simulate._runs(card, LAYOUT, where, truth, rng)
         lost = np.array([r["status"] == "diverged" for r in records])
         loss = np.array([r["loss"] or 0.0 for r in records])
         slice_of = np.repeat(where, [s.num_lrs for s in LAYOUT])
@@ -343,7 +354,9 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
         anchor = truth["lr_level"] + laws.batch_knee(zero, below, above)
         x = np.empty(compiled.size)
         for name in compiled.names:
-            if name == "lr_anchor":
+            if name == "shared_noise":
+                value = rng.normal(size=1)  # no run of this layout shares any
+            elif name == "lr_anchor":
                 value = anchor
             elif name == "log_loss_level":
                 value = np.log(truth["loss_level"])

@@ -16,7 +16,7 @@ import numpy as np
 
 from bayeslr import laws
 from bayeslr.errors import DataError
-from bayeslr.features import Design, build_design
+from bayeslr.features import Design, build_design, usable_rows
 from bayeslr.priors import PER_FAMILY, SLOPES
 from bayeslr.runs import first_reasons, make_table
 
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
+# Noise that a row's training run and its data order share with others, by run_id and tokens.
+_Effects = dict[tuple[str, float], tuple[float, float]]
+
 # Not parameters of the model, though of the card: one is known through the levels of the loss, one
 # is a price that predictions charge.
 _NOT_DRAWN = ("loss_irreducible", "diverged_loss")
@@ -39,7 +42,9 @@ class PlannedSlice:
     """Runs to make of one shape at one token count and batch.
 
     num_lrs LRs lie ``step`` apart in natural logs, each tried with ``repeats`` seeds. ``annealed``
-    is false for losses that are read off before the LR has decayed. ``loss_se`` in nats.
+    is false for losses that are read off before the LR has decayed. ``loss_se`` in nats. Slices of
+    one ``trunk`` are decay branches of the same runs, shortest first: they have one shape, batch,
+    num_lrs, step and repeats, and the LRs of the first.
     """
 
     family: str
@@ -52,6 +57,7 @@ class PlannedSlice:
     repeats: int = 1
     annealed: bool = True
     loss_se: float = 0.0
+    trunk: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +105,12 @@ def simulate(prior: Prior, layout: Sequence[PlannedSlice], rng: np.random.Genera
     design, where = _skeleton(planned)
     fitted = np.unique(where[: len(layout)])
     truth = _draw(prior, design, fitted, rng)
-    records = _runs(prior, layout, where, truth, rng)
+    records, effects = _runs(prior, layout, where, truth, rng)
+    runs = make_table(records, source="simulation")
     at_target = where[len(layout) :]
     return Simulation(
-        runs=make_table(records, source="simulation"),
-        truth=_of_fitted(truth, design, fitted),
+        runs=runs,
+        truth=_of_fitted(truth, design, fitted) | _shared_noise(runs, effects),
         target_log_lr=truth["lr_opt"][at_target],
         target_floor=truth["floor"][at_target],
     )
@@ -129,13 +136,15 @@ def _skeleton(planned: Sequence[PlannedSlice]) -> tuple[Design, NDArray[np.int64
     return design, design.slice_of_run
 
 
-def _record(planned: PlannedSlice, run_id: str, *, lr: float, loss: float | None) -> dict[str, Any]:
+def _record(planned: PlannedSlice, run_id: str, *, lr: float, loss: float | None,
+            seed: int | None = None) -> dict[str, Any]:  # fmt: skip
     finished = "ok" if planned.annealed else "partial"
     return {
         "run_id": run_id, "family": planned.family, "lr": lr, "n_active": planned.n_active,
         "n_total": planned.n_total, "param_convention": "non_embedding",
         "tokens": planned.tokens, "batch_tokens": planned.batch_tokens, "loss": loss,
         "loss_se": planned.loss_se or None, "status": "diverged" if loss is None else finished,
+        "seed": seed,
     }  # fmt: skip
 
 
@@ -257,10 +266,16 @@ def _shape_log_tokens(design: Design, fitted: NDArray[np.int64]) -> FloatArray:
 
 def _runs(prior: Prior, layout: Sequence[PlannedSlice], where: NDArray[np.int64],
           truth: Mapping[str, FloatArray],
-          rng: np.random.Generator) -> list[dict[str, Any]]:  # fmt: skip
-    """Records of every planned run, LRs about a guess that the runs so far correct."""
+          rng: np.random.Generator) -> tuple[list[dict[str, Any]], _Effects]:  # fmt: skip
+    """Records of every planned run, LRs about a guess that the runs so far correct, and what noise
+    its training run and its data order share, by run_id and tokens.
+
+    A run that has diverged at one horizon has no decay branch at a later one.
+    """
     records: list[dict[str, Any]] = []
+    effects: _Effects = {}
     corrections: list[float] = []
+    trunks: dict[str, _Trunk] = {}
     for i, planned in enumerate(layout):
         card = card_log_lr(
             prior, planned.n_active, planned.n_total, planned.tokens, planned.batch_tokens
@@ -268,22 +283,56 @@ def _runs(prior: Prior, layout: Sequence[PlannedSlice], where: NDArray[np.int64]
         guess = card + (float(np.mean(corrections[-3:])) if corrections else 0.0)
         offsets = planned.step * (np.arange(planned.num_lrs) - (planned.num_lrs - 1) / 2)
         log_lr = np.repeat(guess + offsets, planned.repeats)
-        loss, diverged = _outcomes(log_lr, planned, int(where[i]), truth, rng)
-        records += [
-            _record(planned, f"{i}-{j}", lr=float(np.exp(x)), loss=None if lost else float(y))
-            for j, (x, y, lost) in enumerate(zip(log_lr, loss, diverged, strict=True))
-        ]
-        if (~diverged).any():
-            best = log_lr[~diverged][np.argmin(loss[~diverged])]
+        name, branches = f"{i}", 1
+        if planned.trunk is not None:
+            name, branches = planned.trunk, sum(s.trunk == planned.trunk for s in layout)
+        trunk = trunks.setdefault(name, _Trunk(log_lr, rng))
+        log_lr = trunk.log_lr
+        orders = np.tile(rng.normal(size=planned.repeats), planned.num_lrs)
+        loss, diverged = _outcomes(trunk, branches > 1, orders, planned, int(where[i]), truth, rng)
+        for j in np.flatnonzero(trunk.alive):
+            effects[f"{name}-{j}", planned.tokens] = float(trunk.noise[j]), float(orders[j])
+            seed = int(j) % planned.repeats if planned.repeats > 1 else None
+            records.append(_record(
+                planned, f"{name}-{j}", lr=float(np.exp(log_lr[j])), seed=seed,
+                loss=None if diverged[j] else float(loss[j]),
+            ))  # fmt: skip
+        trunk.alive &= ~diverged
+        if trunk.alive.any():
+            best = log_lr[trunk.alive][np.argmin(loss[trunk.alive])]
         else:
             best = log_lr.min() - planned.step
         corrections.append(float(best) - card)
-    return records
+    return records, effects
 
 
-def _outcomes(log_lr: FloatArray, planned: PlannedSlice, s: int, truth: Mapping[str, FloatArray],
+def _shared_noise(runs: RunTable, effects: _Effects) -> dict[str, FloatArray]:
+    """The effects of those that share noise, in the order of their design; nothing if none does."""
+    design = build_design(runs)
+    frame, shared = usable_rows(runs.frame), np.zeros(design.num_shared)
+    for k, key in enumerate(zip(frame["run_id"], frame["tokens"], strict=True)):
+        for number, effect in zip(
+            (design.trunk_of_run[k], design.order_of_run[k]), effects[key], strict=True
+        ):
+            if number >= 0:
+                shared[number] = effect
+    return {"shared_noise": shared} if design.num_shared else {}
+
+
+class _Trunk:
+    """Training runs at ``log_lr`` (run,), what noise of theirs their branches share, who lives."""
+
+    def __init__(self, log_lr: FloatArray, rng: np.random.Generator) -> None:
+        self.log_lr = log_lr
+        self.noise = rng.normal(size=len(log_lr))
+        self.alive = np.ones(len(log_lr), dtype=bool)
+
+
+def _outcomes(trunk: _Trunk, branching: bool, orders: FloatArray, planned: PlannedSlice, s: int,
+              truth: Mapping[str, FloatArray],
               rng: np.random.Generator) -> tuple[FloatArray, NDArray[np.bool_]]:  # fmt: skip
     """Losses in nats and whether each run diverged, (run,), in slice ``s`` of the truth."""
+    log_lr = trunk.log_lr
     g = int(truth["_family"][s])
     u = log_lr - truth["lr_opt"][s]
     excess = laws.valley_excess(u, np.exp(truth["log_curvature"][s]), np.exp(truth["log_skew"][g]))
@@ -291,7 +340,9 @@ def _outcomes(log_lr: FloatArray, planned: PlannedSlice, s: int, truth: Mapping[
     sd = laws.noise_scale(
         excess, u, truth["_d_log_batch"][s], truth["_d_log_tokens"][s], of_family, planned.loss_se
     )
-    noise = rng.standard_t(1.0 + truth["noise_dof"], size=len(log_lr))
+    of_trunk, of_order, own = laws.noise_shares(branching, planned.repeats > 1, truth)
+    noise = own * rng.standard_t(1.0 + truth["noise_dof"], size=len(log_lr))
+    noise += of_trunk * trunk.noise + of_order * orders
     lost = laws.logistic((log_lr - truth["_edge"][s]) / truth["edge_width"])
     # Unfinished runs in the model have not reached their end: none is said to have diverged.
     diverged = (rng.random(len(log_lr)) < lost) & planned.annealed

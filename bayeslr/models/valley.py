@@ -9,6 +9,8 @@ table of the same (padded) sizes. Level by level, g a family, h a shape, c a cel
     floor_s   ~ loss_cell_c + penalty(z_s) - penalty(zero_c) + e_s
     loss_cell_c ~ loss-token law + e_h + e_c,    zero_c = mean ln batch of family g - best_batch_c
     loss_i    ~ StudentT(floor_s + excess(u_i), noise + share of the excess),  u_i = ln LR_i - LR*_s
+                part of the noise is that of the training run, for decay branches of one, and part
+                that of the data order, in slices of several
     diverged_i ~ Bernoulli(logistic((ln LR_i - edge_s) / width))
 
 The floor and the edge are stated at the mean batch of their family's slices, and so is the LR level
@@ -62,7 +64,7 @@ _NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
 
 
 def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays:
-    """Arrays that `build` reads, padded to ``sizes`` (run, slice, cell, shape, family).
+    """Arrays that `build` reads, padded to ``sizes`` (those of `sizes_of`).
 
     Padded entries carry zero weight; their effects follow the prior and touch nothing.
     """
@@ -90,6 +92,12 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         # An unfinished run that has not diverged so far says nothing about the edge yet.
         "run_has_end": (design.diverged | annealed_run).astype(float),
         "run_diverged": design.diverged.astype(float),
+        "run_trunk": np.maximum(design.trunk_of_run, 0),
+        "run_in_trunk": (design.trunk_of_run >= 0).astype(float),
+        "run_order": np.maximum(design.order_of_run, 0),
+        "run_in_order": (design.order_of_run >= 0).astype(float),
+        # Only their number matters; one at least, for something to point at.
+        "shared_effect": np.zeros(max(1, design.num_shared)),
         "slice_cell": design.cell_of_slice,
         "slice_log_batch": design.log_batch,
         "slice_has_lr": runs_in_slice / (runs_in_slice + 4.0),
@@ -118,7 +126,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
             if level in sizes:
                 # Padded runs and slices repeat the last LR and batch: a far one would overflow.
                 last = values[-1] if name in ("run_log_lr", "slice_log_batch") else 0
-                extra = (sizes[level] - len(values), *values.shape[1:])
+                extra = (max(0, sizes[level] - len(values)), *values.shape[1:])
                 more = np.full(extra, last, dtype=values.dtype)
                 arrays[name] = np.concatenate([values, more])
     return arrays
@@ -160,8 +168,9 @@ def _slope_centring(design: Design) -> NDArray[np.float64]:
 
 
 def sizes_of(design: Design) -> dict[str, int]:
-    """Number of runs, slices, cells, shapes and families."""
+    """Number of runs, slices, cells, shapes, families, and of what shares noise."""
     return {
+        "shared": design.num_shared,
         "run": design.num_runs,
         "slice": design.num_slices,
         "cell": design.num_cells,
@@ -401,8 +410,17 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             d_d[slice_cell][run_slice], {"noise_share": p["noise_share"], **noise_of},
             data["run_loss_se"], pt,
         )  # fmt: skip
+        of_trunk, of_order, own = laws.noise_shares(
+            data["run_in_trunk"], data["run_in_order"], p, pt
+        )
+        effect = pm.Normal("shared_noise", shape=len(arrays["shared_effect"]))
+        shared = noise * (
+            of_trunk * effect[data["run_trunk"]] + of_order * effect[data["run_order"]]
+        )
         loss_logp = pm.logp(
-            pm.StudentT.dist(nu=1.0 + p["noise_dof"], mu=floor[run_slice] + excess, sigma=noise),
+            pm.StudentT.dist(
+                nu=1.0 + p["noise_dof"], mu=floor[run_slice] + excess + shared, sigma=own * noise
+            ),
             data["run_loss"],
         )
         pm.Potential("loss", (data["run_has_loss"] * loss_logp).sum())
