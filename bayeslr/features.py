@@ -39,7 +39,7 @@ class Design:
 
     Runs: ``slice_of_run`` (run,), ``log_lr`` (run,), ``loss`` (run,) in nats with NaN for diverged
     runs, ``loss_se`` (run,) in nats, zero where unknown, ``diverged`` (run,). What shares noise:
-    ``trunk_of_run`` (run,) numbers the training runs that have several rows (decay branches),
+    ``trunk_of_run`` (run,) numbers the stable trunks that several rows share (decay branches),
     ``order_of_run`` (run,) goes on with the data orders (seeds) of slices that have several; -1
     where a row has none.
     Slices: ``cell_of_slice``, ``log_batch`` (slice,), tokens. Cells: ``shape_of_cell``,
@@ -88,7 +88,7 @@ class Design:
 
     @property
     def num_shared(self) -> int:
-        """Training runs of several rows, and data orders of slices that have several."""
+        """Trunks of several rows, and data orders of slices that have several."""
         return 1 + max(int(self.trunk_of_run.max()), int(self.order_of_run.max()))
 
     @property
@@ -155,10 +155,15 @@ def _numbered(keys: pd.DataFrame, counts: BoolArray, first: int) -> IntArray:
 def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntArray]:
     """``trunk_of_run`` and ``order_of_run`` of a `Design`.
 
+    Under WSD, runs of one shape, batch, LR and seed have one trunk, whatever their run_id.
     A slice whose runs all have seeds of their own, or all the same, has no orders to tell apart.
     """
-    runs = frame[["family", "run_id"]]
-    trunk_of_run = _numbered(runs, runs.duplicated(keep=False).to_numpy(), 0)
+    stable = (frame["schedule"] == "wsd") & frame["seed"].notna()
+    line = frame.groupby([*_SHAPE_KEY, "batch_tokens", "lr", "seed"], dropna=False).ngroup()
+    trunks = frame[["family"]].assign(
+        stable=stable, trunk=frame["run_id"].astype(str).where(~stable, line.astype(str))
+    )
+    trunk_of_run = _numbered(trunks, trunks.duplicated(keep=False).to_numpy(), 0)
     orders = frame[["seed"]].assign(slice=slice_of_run)
     seeds = orders.groupby("slice")["seed"].transform("nunique").to_numpy()
     rows = orders.groupby("slice")["seed"].transform("count").to_numpy()

@@ -67,6 +67,10 @@ def test_decay_branches_and_data_orders_are_told_apart() -> None:
         *(row(f"t{i}", n=4e8, lr=1e-3 * 2**i, seed=i) for i in range(3)),
         *(row(f"u{i}", n=8e8, lr=1e-3 * 2**i, seed=0) for i in range(3)),
     )  # fmt: skip
+    # Under WSD a longer run with the same seed has the trunk of a shorter one.
+    wsd = [row(f"w{d}{s}", d=d, seed=s, schedule="wsd") for d in (1e9, 2e9) for s in (0, 1)]
+    assert design_of(*wsd).trunk_of_run.tolist() == [0, 1, 0, 1]
+    assert design_of(*(w | {"schedule": "cosine"} for w in wsd)).num_shared == 0
     none = [-1] * 6
     assert design.trunk_of_run.tolist() == [0, 0, -1, 1, 1, *[-1] * 5, *none]
     assert design.order_of_run.tolist() == [-1] * 5 + [2, 2, 3, 3, -1, *none]

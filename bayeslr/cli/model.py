@@ -24,6 +24,14 @@ TargetsOption = Annotated[
     Path | None,
     typer.Option("--targets", help="Table of targets: .csv, .parquet or .jsonl."),
 ]
+ActiveOption = Annotated[str | None, typer.Option(help="Active parameters, such as 1.3B.")]
+TotalOption = Annotated[str | None, typer.Option(help="All parameters [default: as --n-active].")]
+TokensOption = Annotated[str | None, typer.Option(help="Training tokens, such as 500B.")]
+BatchOption = Annotated[str | None, typer.Option(help="Tokens a step, such as 4M.")]
+FamilyOption = Annotated[str | None, typer.Option(help="Family, if the runs have several.")]
+PredictionsOption = Annotated[
+    Path | None, typer.Option("-o", "--out", help="Predictions table to write.")
+]
 
 
 def _echo(*lines: str, err: bool = False) -> None:
@@ -132,61 +140,69 @@ def predict(
         Path | None, typer.Argument(help="Fit folder; none with --prior alone.", show_default=False)
     ] = None,
     targets: TargetsOption = None,
-    n_active: Annotated[str | None, typer.Option(help="Active parameters, such as 1.3B.")] = None,
-    n_total: Annotated[
-        str | None, typer.Option(help="All parameters [default: as --n-active].")
-    ] = None,
-    tokens: Annotated[str | None, typer.Option(help="Training tokens, such as 500B.")] = None,
-    batch_tokens: Annotated[str | None, typer.Option(help="Tokens a step, such as 4M.")] = None,
-    family: Annotated[str | None, typer.Option(help="Family, if the fit has several.")] = None,
+    n_active: ActiveOption = None,
+    n_total: TotalOption = None,
+    tokens: TokensOption = None,
+    batch_tokens: BatchOption = None,
+    family: FamilyOption = None,
     prior: Annotated[
         str | None, typer.Option(help="Predict from this prior card alone, without a fit.")
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Predictions table to write.")
-    ] = None,
+    out: PredictionsOption = None,
     json: JsonOption = False,
 ) -> None:
     """The LR at targets: recommendation, quantiles, expected regret, risk, distance to the data."""
     from bayeslr.posterior import load
     from bayeslr.predict import predict as run_predict
-    from bayeslr.predict import prior_posterior, read_targets
+    from bayeslr.predict import prior_posterior
     from bayeslr.runs.files import json_text
     from bayeslr.verdicts import warnings_of
 
     if (fit is None) == (prior is None):
         raise SpecError("give either a fit folder or --prior CARD (and not both)")
     posterior = load(fit) if fit is not None else prior_posterior(str(prior))
-    flags = {"n-active": n_active, "tokens": tokens, "batch-tokens": batch_tokens}
-    if targets is not None:
-        if any(value is not None for value in (*flags.values(), n_total, family)):
-            raise SpecError("give the targets, family included, by --targets or by flags, not both")
-        wanted = read_targets(targets)
-    else:
-        if missing := [name for name, value in flags.items() if value is None]:
-            raise SpecError(f"--{missing[0]} is missing; or give a table by --targets")
-        wanted = [
-            _target(
-                str(n_active), n_total, str(tokens), str(batch_tokens), family,
-                str(posterior.info.get("param_convention") or "non_embedding"),
-            )
-        ]  # fmt: skip
+    wanted = wanted_targets(
+        targets, n_active=n_active, n_total=n_total, tokens=tokens, batch_tokens=batch_tokens,
+        family=family, convention=posterior.info.get("param_convention"),
+    )  # fmt: skip
     table = run_predict(posterior, wanted)
     if out is not None:
-        _write_table(table, out)
+        write_table(table, out)
     if json:
         _echo(json_text(table))
     else:
         if targets is None:
-            _echo(_echoed(wanted[0]))
-        _echo(*_prediction_lines(table))
+            _echo(echoed(wanted[0]))
+        _echo(*prediction_lines(table))
         if out is not None:
             _echo(f"Predictions written to {out}")
     _echo(*(f"Warning: {text}" for text in warnings_of(posterior.info)), err=True)
 
 
-def _target(n_active: str, n_total: str | None, tokens: str, batch_tokens: str,
+def wanted_targets(path: Path | None, *, n_active: str | None, n_total: str | None,
+                   tokens: str | None, batch_tokens: str | None, family: str | None,
+                   convention: str | None) -> list[Target]:  # fmt: skip
+    """Targets of a table, or the one of the flags. Raises: SpecError for both or too few flags."""
+    from bayeslr.predict import read_targets
+
+    flags = {"n-active": n_active, "tokens": tokens, "batch-tokens": batch_tokens}
+    if path is not None:
+        if any(value is not None for value in (*flags.values(), n_total, family)):
+            raise SpecError("give the targets, family included, by --targets or by flags, not both")
+        return read_targets(path)
+    if missing := [name for name, value in flags.items() if value is None]:
+        raise SpecError(f"--{missing[0]} is missing; or give a table by --targets")
+    return [
+        target_of(
+            str(n_active), n_total, str(tokens), str(batch_tokens), family,
+            str(convention or "non_embedding"),
+        )
+    ]  # fmt: skip
+
+
+def target_of(n_active: str, n_total: str | None, tokens: str, batch_tokens: str,
             family: str | None, convention: str) -> Target:  # fmt: skip
+    """Target of the flags, numbers as they were typed."""
     from bayeslr.specs import Target
 
     active = parse_quantity(n_active, name="--n-active")
@@ -201,7 +217,8 @@ def _target(n_active: str, n_total: str | None, tokens: str, batch_tokens: str,
     )
 
 
-def _echoed(target: Target) -> str:
+def echoed(target: Target) -> str:
+    """The target's numbers in full."""
     return (
         f"Target: {target.n_active:,.0f} active of {target.n_total:,.0f} "
         f"{target.param_convention.replace('_', '-')} parameters, {target.tokens:,.0f} tokens, "
@@ -209,7 +226,8 @@ def _echoed(target: Target) -> str:
     )
 
 
-def _prediction_lines(table: pd.DataFrame) -> list[str]:
+def prediction_lines(table: pd.DataFrame) -> list[str]:
+    """The sentence of a single target, a table of several."""
     if len(table) == 1:
         return [str(table["sentence"].iloc[0])]
     head = ("target", "lr", "5 %", "50 %", "95 %", "regret", "+tokens", "diverge", "outside")
@@ -234,7 +252,8 @@ def risk(probability: float, form: str) -> str:
     return form.format(100 * probability) if math.isfinite(probability) else "unknown"
 
 
-def _write_table(table: pd.DataFrame, out: Path) -> None:
+def write_table(table: pd.DataFrame, out: Path) -> None:
+    """Write predictions as the file's name says. Raises: SpecError for another suffix."""
     from bayeslr.runs.files import json_text, write_atomically
 
     suffix = out.suffix.lower()

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from bayeslr.cli.model import _echoed, _prediction_lines, _target
+from bayeslr.cli.model import echoed, prediction_lines, target_of
 
 priors_app = typer.Typer(
     help="Prior cards: published laws as distributions, with their sources.",
@@ -48,9 +48,9 @@ def show(
     prior = load_prior(card)
     if n_total is None:
         share = prior.reference["n_total"] / prior.reference["n_active"]
-        target = _target(n_active, None, tokens, batch_tokens, None, "non_embedding")
+        target = target_of(n_active, None, tokens, batch_tokens, None, "non_embedding")
         n_total = str(target.n_active * share)
-    target = _target(n_active, n_total, tokens, batch_tokens, None, "non_embedding")
+    target = target_of(n_active, n_total, tokens, batch_tokens, None, "non_embedding")
     table = predict(prior_posterior(prior), [target])
     if json:
         document: dict[str, Any] = {
@@ -79,8 +79,8 @@ def show(
         typer.echo(f"  source: {p.source}")
         if p.why:
             typer.echo(f"  why: {p.why}")
-    typer.echo("\n" + _echoed(target))
-    typer.echo("\n".join(_prediction_lines(table)))
+    typer.echo("\n" + echoed(target))
+    typer.echo("\n".join(prediction_lines(table)))
 
 
 @priors_app.command()

@@ -1,4 +1,4 @@
-"""Verbs on transfer rules: show, check."""
+"""Verbs on transfer: show and check its rules, predict with a transferred LR and a law."""
 
 from __future__ import annotations
 
@@ -7,13 +7,28 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayeslr.cli.model import (
+    ActiveOption,
+    BatchOption,
+    FamilyOption,
+    PredictionsOption,
+    TargetsOption,
+    TokensOption,
+    TotalOption,
+    echoed,
+    wanted_targets,
+    write_table,
+)
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import TransferRunner, find_entry_point
 from bayeslr.units import format_lr, parse_count
+
+if TYPE_CHECKING:
+    from bayeslr.blend import Blend
 
 transfer_app = typer.Typer(
     help="Transfer rules: what a shape gets at an LR tuned on another, and whether they hold.",
@@ -96,6 +111,83 @@ def check(
         raise typer.Exit(status if status > 0 else 1)
     if not json and sys.stdout.isatty():
         typer.echo(f"plot: {out / 'coordinates.svg'}")
+
+
+@transfer_app.command()
+def predict(
+    runs: Annotated[list[Path], typer.Argument(help="Run tables.", show_default=False)],
+    targets: TargetsOption = None,
+    n_active: ActiveOption = None,
+    n_total: TotalOption = None,
+    tokens: TokensOption = None,
+    batch_tokens: BatchOption = None,
+    family: FamilyOption = None,
+    card: Annotated[
+        list[str] | None,
+        typer.Option(help="Prior cards to weigh [default: transfer, moe-default]."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the sampler.")] = 1,
+    out: PredictionsOption = None,
+    json: JsonOption = False,
+) -> None:
+    """The LR at targets from a transferred LR and from a law, and both by what they foretold.
+
+    The runs are fitted under each card, and once more without their largest shapes: cards count by
+    the density that they gave to those optima. --out gets the blended predictions.
+    """
+    from bayeslr.blend import CARDS, blend
+    from bayeslr.runs import read_runs
+    from bayeslr.runs.files import json_text
+
+    table = read_runs(*runs)
+    conventions = table.frame["param_convention"].dropna()
+    wanted = wanted_targets(
+        targets, n_active=n_active, n_total=n_total, tokens=tokens, batch_tokens=batch_tokens,
+        family=family, convention=conventions.iloc[0] if len(conventions) else None,
+    )  # fmt: skip
+    cards = tuple(dict.fromkeys(card or CARDS))
+    if len(cards) < 2:
+        raise SpecError(f"--card: at least two cards are weighed, got {', '.join(cards)}")
+    found = blend(table, wanted, cards=cards, seed=seed)
+    if out is not None:
+        write_table(found.predictions, out)
+    if json:
+        document = {
+            "weights": found.weights, "scores": found.scores, "held_out": found.num_held_out,
+            "doubted": found.doubted, "sentence": found.sentence,
+            "verdicts": {name: str(p.info["verdict"]) for name, p in found.posteriors.items()},
+            "alone": {name: one.to_dict("records") for name, one in found.alone.items()},
+            "predictions": found.predictions.to_dict("records"),
+        }  # fmt: skip
+        typer.echo(json_text(document))
+    else:
+        if targets is None:
+            typer.echo(echoed(wanted[0]))
+        typer.echo("\n".join([*_blend_lines(found), found.sentence]))
+        if out is not None:
+            typer.echo(f"Predictions written to {out}")
+    for name, posterior in found.posteriors.items():
+        if not posterior.trustworthy:
+            typer.echo(f"Warning: card {name}: {posterior.info['verdict']}", err=True)
+
+
+def _blend_lines(found: Blend) -> list[str]:
+    """Each card's prediction and the blended one, a line each, target by target."""
+    tables = {**found.alone, "blended": found.predictions}
+    names = found.predictions["target_id"].astype(str)
+    first, second = (max(map(len, (*words, "target"))) for words in (names, tables))
+    lines = [
+        f"{'target':{first}s}  {'card':{second}s}  {'lr':>9s} {'5 %':>9s} {'50 %':>9s} "
+        f"{'95 %':>9s} {'regret':>8s}"
+    ]
+    for i, name in enumerate(names):
+        for card, table in tables.items():
+            row = table.iloc[i]
+            rates = " ".join(
+                f"{format_lr(row[key]):>9s}" for key in ("lr", "lr_q05", "lr_q50", "lr_q95")
+            )
+            lines.append(f"{name:{first}s}  {card:{second}s}  {rates} {row['regret_mean']:8.4f}")
+    return lines
 
 
 def point(text: str, flag: str) -> dict[str, int]:
