@@ -84,10 +84,9 @@ def noise_shares(in_trunk: Any, in_order: Any, p: Mapping[str, Any], xp: Any = n
     its own. Their squares add up to one.
 
     in_trunk, in_order: one where the row has such a part, else zero. ``noise_run`` and
-    ``noise_order`` of ``p`` are the logs of the variance of each over that of the row's own.
+    ``noise_order`` of ``p`` are the scales of each over that of the row's own.
     """
-    trunk = in_trunk * xp.exp(0.5 * p["noise_run"])
-    order = in_order * xp.exp(0.5 * p["noise_order"])
+    trunk, order = in_trunk * p["noise_run"], in_order * p["noise_order"]
     own = 1.0 / xp.sqrt(1.0 + trunk**2 + order**2)
     return trunk * own, order * own, own
 

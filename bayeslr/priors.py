@@ -154,8 +154,8 @@ PARAMETERS: dict[str, str] = {
     "noise_batch": "exponent of the noise in batch",
     "noise_tokens": "exponent of the noise in tokens",
     "noise_side": "log of the noise far above LR* over that near it",
-    "noise_run": "log of the noise variance that decay branches of one run share over their own",
-    "noise_order": "log of the noise variance that runs on one data order share over their own",
+    "noise_run": "noise that decay branches of one run share, over that of each",
+    "noise_order": "noise that runs of a slice on one data order share, over that of each",
     "noise_dof": "degrees of freedom of the noise, above one",
 }
 
@@ -165,7 +165,7 @@ NORMAL = (
     "lr_intercept", "lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch_above",
     "lr_unannealed", "best_batch_intercept", "best_batch_n_active", "best_batch_tokens",
     "curvature_n_active", "curvature_tokens", "curvature_batch", "edge_batch", "penalty_tokens",
-    "noise_batch", "noise_tokens", "noise_side", "noise_run", "noise_order",
+    "noise_batch", "noise_tokens", "noise_side",
 )  # fmt: skip
 
 # Exponents that differ between families by ``lr_slope_family_sd``.

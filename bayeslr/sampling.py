@@ -38,15 +38,15 @@ METHODS = ("bayes", "two-stage")
 # Scales of misfit and noise: fixed while the mode is sought. With them free there is none: a
 # scale that goes to zero wins without bound.
 SCALES = (
-    "noise_sd", "noise_share", "noise_dof",
+    "noise_sd", "noise_share", "noise_run", "noise_order", "noise_dof",
     "lr_family_sd", "lr_slope_family_sd", "lr_tokens_shape_sd", "lr_shape_sd", "lr_cell_sd",
     "lr_slice_sd",
     "best_batch_family_sd", "best_batch_cell_sd", "curvature_family_sd", "curvature_slice_sd",
     "skew_family_sd", "edge_family_sd", "loss_shape_sd", "loss_cell_sd", "loss_slice_sd",
 )  # fmt: skip
 
-# So are the noise's slopes and parts: along them it goes to zero at some run, and wins as well.
-NOISE_SLOPES = ("noise_batch", "noise_tokens", "noise_side", "noise_run", "noise_order")
+# So are the noise's slopes: along them it goes to zero at some run, and wins as well.
+NOISE_SLOPES = ("noise_batch", "noise_tokens", "noise_side")
 
 # Steps of the search for the mode, in the units of each effect; all others move by 0.3.
 _STEP = {
@@ -158,7 +158,8 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
 
 def held(compiled: CompiledModel) -> dict[str, NDArray[np.int64]]:
     """Positions of what stays at its prior median while the mode is sought, by parameter."""
-    scales = {name: compiled.index(f"{name}_log__") for name in SCALES}
+    sampled = {"noise_sd": "log_noise"}
+    scales = {name: compiled.index(sampled.get(name, f"{name}_log__")) for name in SCALES}
     return scales | {name: compiled.index(name) for name in NOISE_SLOPES}
 
 

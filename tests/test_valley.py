@@ -17,7 +17,7 @@ from bayeslr.models.compiled import CompiledModel, compile_model
 from bayeslr.models.simulate import PlannedSlice
 from bayeslr.priors import Prior
 from bayeslr.runs import RunTable, concat, make_table
-from bayeslr.sampling import SCALES, _data_start, _recentred, configure_jax
+from bayeslr.sampling import SCALES, _data_start, _recentred, configure_jax, held
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
 
 LOSS_LAW = (
@@ -59,6 +59,8 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     for name, entry in card.parameters.items():
         if name in (*LOSS_LAW, "diverged_loss"):
             continue
+        if name == "noise_sd":
+            continue
         if entry.kind == "normal":
             p[name] = point[name]
             total += np.sum(normal(point[name], entry.location, entry.scale))
@@ -66,6 +68,17 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
             log_value = point[f"{name}_log__"]
             p[name] = np.exp(log_value)
             total += np.sum(normal(log_value, np.log(entry.location), entry.scale))
+
+    # The noise is sampled as the typical row's own: its sd is that over the geometric mean share.
+    shares = 1 / np.sqrt(
+        1 + p["noise_run"] ** 2 * arrays["run_in_trunk"]
+        + p["noise_order"] ** 2 * arrays["run_in_order"]
+    )  # fmt: skip
+    told = arrays["run_has_loss"] > 0
+    log_sd = point["log_noise"] - np.mean(np.log(shares[told]))
+    p["noise_sd"] = np.exp(log_sd)
+    noise = card["noise_sd"]
+    total += np.sum(normal(log_sd, np.log(noise.location), noise.scale))
 
     ref_n, ref_all, ref_d = (card.reference[k] for k in ("n_active", "n_total", "tokens"))
     mid_batch = arrays["centre"][3]
@@ -196,8 +209,8 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     total += np.sum(normal(z))
     for i in np.flatnonzero(arrays["run_has_loss"]):
         # Variances of the run, the order and the row itself.
-        parts = np.array([np.exp(p["noise_run"]) * arrays["run_in_trunk"][i],
-                          np.exp(p["noise_order"]) * arrays["run_in_order"][i], 1.0])  # fmt: skip
+        parts = np.array([p["noise_run"] ** 2 * arrays["run_in_trunk"][i],
+                          p["noise_order"] ** 2 * arrays["run_in_order"][i], 1.0])  # fmt: skip
         roots = sd[i] * np.sqrt(parts / parts.sum())
         common = roots[0] * z[arrays["run_trunk"][i]] + roots[1] * z[arrays["run_order"][i]]
         total += stats.t.logpdf(
@@ -252,8 +265,9 @@ def test_a_point_centred_otherwise_is_the_same_point(
     """Scales at their medians, for those are what the search for the mode holds."""
     rng = np.random.default_rng(7)
     x = random_point(compiled, rng)
-    for name in SCALES:
-        x[compiled.index(f"{name}_log__")] = np.log(card[name].location)
+    for name, at in held(compiled).items():
+        if name in SCALES:
+            x[at] = np.log(card[name].location)
     shares = [share for share, _ in valley.EFFECTS.values()]
     other = {**arrays, **{name: rng.uniform(size=arrays[name].shape) for name in shares}}
     moved = _recentred(x, compiled, card, arrays, other)
@@ -266,7 +280,8 @@ def test_a_point_centred_otherwise_is_the_same_point(
 
 def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, card: Prior) -> None:
     names = {name.removesuffix("_log__") for name in compiled.names}
-    assert set(card.parameters) - names == {*LOSS_LAW, "diverged_loss"}
+    assert set(card.parameters) - names == {*LOSS_LAW, "noise_sd", "diverged_loss"}
+    assert {"log_loss_level", "loss_ratio", "log_loss_slope", "log_noise"} < names
 
 
 def test_regressors_are_centred_on_the_data(arrays: valley.Arrays) -> None:
@@ -356,6 +371,8 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
         for name in compiled.names:
             if name == "shared_noise":
                 value = rng.normal(size=1)  # no run of this layout shares any
+            elif name == "log_noise":
+                value = np.log(truth["noise_sd"])
             elif name == "lr_anchor":
                 value = anchor
             elif name == "log_loss_level":

@@ -59,7 +59,7 @@ EFFECTS = {
 # The loss-token law of a family: sampled as what the data tell, its level and its slopes.
 _LOSS_LAW = ("loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens")
 
-# Known through the levels below, or with a potential of their own.
+# Sampled through other variables, or not at all.
 _NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
 
 
@@ -223,6 +223,21 @@ def _loss_law(prior: Prior, num_families: int) -> tuple[Any, dict[str, Any]]:
     }
 
 
+def _noise_sd(prior: Prior, own: Any, has_loss: Any, num_families: int) -> Any:
+    """``noise_sd`` (family,), sampled as what the data tell: the noise of a typical row's own.
+
+    own: share of each row's noise that is its own (run,). A shift of logs: the Jacobian is one.
+    """
+    entry = prior["noise_sd"]
+    log_noise = pm.Flat("log_noise", shape=num_families, initval=np.full(
+        num_families, np.log(entry.location)
+    ))  # fmt: skip
+    log_sd = log_noise - (has_loss * pt.log(own)).sum() / has_loss.sum()
+    of = pm.Normal.dist(np.log(entry.location), entry.scale)
+    pm.Potential("noise_sd_prior", pm.logp(of, log_sd).sum())
+    return pm.Deterministic("noise_sd", pt.exp(log_sd))
+
+
 def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
     """PyMC model of the table behind ``arrays`` (from `model_data`) under a prior card.
 
@@ -241,10 +256,14 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             name: _variable(name, prior) for name in prior.parameters if name not in _NOT_PLAIN
         } | {
             name: _variable(name, prior, shape=num_families)
-            for name in PER_FAMILY if name not in _LOSS_LAW
+            for name in PER_FAMILY if name not in (*_LOSS_LAW, "noise_sd")
         }  # fmt: skip
         loss_level, loss_law = _loss_law(prior, num_families)
         p |= loss_law
+        of_trunk, of_order, own = laws.noise_shares(
+            data["run_in_trunk"], data["run_in_order"], p, pt
+        )
+        p["noise_sd"] = _noise_sd(prior, own, data["run_has_loss"], num_families)
 
         # Population to family. Levels are stated at the centre of the data, so that they do not
         # trade off against the exponents; the card's intercept is carried there by the exponents.
@@ -410,9 +429,6 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             d_d[slice_cell][run_slice], {"noise_share": p["noise_share"], **noise_of},
             data["run_loss_se"], pt,
         )  # fmt: skip
-        of_trunk, of_order, own = laws.noise_shares(
-            data["run_in_trunk"], data["run_in_order"], p, pt
-        )
         effect = pm.Normal("shared_noise", shape=len(arrays["shared_effect"]))
         shared = noise * (
             of_trunk * effect[data["run_trunk"]] + of_order * effect[data["run_order"]]
