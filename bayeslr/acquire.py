@@ -9,9 +9,8 @@ loss-token law, so that a run is worth its cost while the FLOPs it saves exceed 
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -29,9 +28,8 @@ from bayeslr.predict import (
     target_draws,
     target_features,
 )
-from bayeslr.runner_protocol import find_runner
-from bayeslr.runs import horizon
-from bayeslr.space import Candidate, targets_of, weights_of
+from bayeslr.runner_protocol import RecordedRunner, find_runner
+from bayeslr.space import Candidate, repeats, targets_of, trials_in, weights_of
 from bayeslr.space import candidates as candidates_of
 from bayeslr.specs import Recipe, RunSpec, Target
 from bayeslr.units import counted_past, format_quantity
@@ -296,7 +294,10 @@ def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequ
 def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
            num_runs: int, budget_flops: float, seed: int,
            weights: Sequence[float] | None = None, only_paying: bool = True) -> Plan:  # fmt: skip
-    """As `propose`, with the regret before and after, and the reason for stopping."""
+    """As `propose`, with the regret before and after, and the reason for stopping.
+
+    Of candidates that share a trunk one at most is proposed: the others' price would be another.
+    """
     if posterior.info["method"] == "two-stage":
         raise SpecError(
             "least squares knows no losses, so no run can be chosen by it; plan from a fit by the "
@@ -312,10 +313,12 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     members = beliefs.members
     cost = np.array([math.fsum(flops[list(group)]) for group in members])
     open_ = np.ones(len(members), dtype=bool)
-    options_of: dict[int, list[int]] = {}
+    # Buying a candidate closes each option that holds it, or another one with its trunk.
+    trunks = [i if c.trunk is None else c.trunk for i, c in enumerate(candidates)]
+    options_of: dict[Hashable, list[int]] = {}
     for option, group in enumerate(members):
         for i in group:
-            options_of.setdefault(i, []).append(option)
+            options_of.setdefault(trunks[i], []).append(option)
     regret_now = beliefs.regret()
     left = budget_flops
     proposals: list[Proposal] = []
@@ -360,53 +363,25 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
             )
             beliefs.observe(i)
             left -= float(flops[i])
-            open_[options_of[i]] = False
+            open_[options_of[trunks[i]]] = False
     return Plan(
         proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
         stop_reason=stop_reason,
     )  # fmt: skip
 
 
-def _keys(spec: RunSpec) -> set[tuple[str | float, ...]]:
-    """What a run measures: family, size, horizon, batch, LR to four figures; one entry a branch."""
-    lr = float(f"{spec.lr:.4g}")
-    return {
-        (spec.family, spec.n_active, spec.n_total, tokens, spec.batch_tokens, lr)
-        for tokens in spec.decay_at
-    }
-
-
-def _seen(posterior: Posterior) -> set[tuple[str | float, ...]]:
-    if posterior.runs is None:
-        return set()
-    frame = posterior.runs.frame
-    frame = frame[frame["status"].isin(["ok", "diverged"])]
-    return {
-        (family, n_active, n_total, tokens, batch, float(f"{lr:.4g}"))
-        for family, n_active, n_total, tokens, batch, lr in zip(
-            frame["family"], frame["n_active"], frame["n_total"], horizon(frame),
-            frame["batch_tokens"], frame["lr"], strict=True,
-        )
-    }  # fmt: skip
-
-
 def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
          num_runs: int | None = None, seed: int | None = None) -> Plan:  # fmt: skip
     """The next runs of a recipe's space within a budget; all that pay, unless ``num_runs``.
 
-    A run that the posterior has seen is a candidate only with another seed, a repeat that averages
-    its noise out.
+    What the fit's runs measured is no candidate, as in a sweep; a run that ended well is one with
+    another seed, a repeat that averages its noise out.
     """
     runner = find_runner(recipe)
-    seen = _seen(posterior)
-    fresh = [c for c in candidates_of(recipe, runner) if not _keys(c.spec) <= seen]
-    next_seed = {**recipe.run, "seed": _last_seed(posterior, recipe) + 1}
-    again = [
-        dataclasses.replace(c, repeat=True)
-        for c in candidates_of(dataclasses.replace(recipe, run=next_seed), runner)
-        if _keys(c.spec) <= seen
-    ]
-    pool = fresh + again
+    made = [] if posterior.runs is None else trials_in(posterior.runs, recipe, runner)
+    pool = candidates_of(recipe, runner, made)
+    if not isinstance(runner, RecordedRunner):  # recorded runs have no other seeds
+        pool += repeats(recipe, runner, made)
     return choose(
         posterior,
         pool,
@@ -416,9 +391,3 @@ def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
         seed=recipe.seed if seed is None else seed,
         weights=weights_of(recipe),
     )
-
-
-def _last_seed(posterior: Posterior, recipe: Recipe) -> int:
-    """Largest seed among the runs seen, the recipe's own included."""
-    seeds = [] if posterior.runs is None else posterior.runs.frame["seed"].dropna().tolist()
-    return int(max([recipe.run.get("seed", 0), *seeds]))

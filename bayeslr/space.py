@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import Runner, Trial
+from bayeslr.runs import RunTable
 from bayeslr.specs import Recipe, RunSpec, Target
 from bayeslr.units import parse_quantity
 
@@ -19,14 +21,23 @@ _NOT_LONGER = ("diverged", "failed", "pruned")
 LRS_PER_START_CELL = 3
 """Fewest LRs that can show a valley: one to each side of the lowest."""
 
+_SAME = 0.005
+"""A table's counts and LRs are the recipe's within this share: people write three figures."""
+
+_WIDTHS = ("d_model", "n_layers", "n_experts", "top_k")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Candidate:
-    """A run that could be paid for, and its FLOPs. ``repeat``: made before, with another seed."""
+    """A run that could be paid for, and its FLOPs. ``repeat``: made before, with another seed.
+
+    ``trunk`` is the same for candidates that would train one trunk: one of them at most is bought.
+    """
 
     spec: RunSpec
     flops: float
     repeat: bool = False
+    trunk: Hashable = None
 
 
 def targets_of(recipe: Recipe, runner: Runner) -> list[Target]:
@@ -136,7 +147,7 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
                         batch_tokens=batch_tokens,
                         decay_at=decay_at if wsd else [end],
                     )
-                    priced.append(Candidate(spec=spec, flops=runner.flops(spec)))
+                    priced.append(_priced(runner, spec))
     return priced
 
 
@@ -156,8 +167,67 @@ def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Can
             replace(recipe, run={**recipe.run, "seed": seed + 1}), runner, shapes[line[0]],
             lr=done[line].lr, batch_tokens=done[line].batch_tokens, decay_at=done[line].decay_at,
         )  # fmt: skip
-        priced.append(Candidate(spec=spec, flops=runner.flops(spec), repeat=True))
+        priced.append(_priced(runner, spec, repeat=True))
     return priced
+
+
+def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
+    """The ended runs of a table that lie in the recipe's space, as the trials of a sweep.
+
+    A run that told nothing (lost, or not at a horizon yet) is none. Sizes, batch and LR are
+    compared within what people round away, token counts within a batch; a seed that is not stated
+    is the recipe's.
+    """
+    frame = table.frame
+    frame = frame[(frame["family"] == recipe.family) & frame["status"].isin(["ok", *_NOT_LONGER])]
+    space = recipe.space
+    lrs = np.array(space.lr.values())
+    trials: list[Trial] = []
+    for run_id, rows in frame.groupby("run_id", sort=False):
+        first = rows.iloc[0].to_dict()
+        shape = next((s for s in space.shapes if _is_of_shape(first, s, runner)), None)
+        batch_tokens = next((b for b in space.batch_tokens if _same(first["batch_tokens"], b)), 0)
+        lr = float(lrs[np.argmin(np.abs(np.log(lrs / first["lr"])))])
+        if shape is None or not batch_tokens or not _same(first["lr"], lr):
+            continue
+        ends = rows[rows["status"] != "ok"]
+        measured = rows.loc[rows["status"] == "ok", "tokens"]
+        # One that failed may have been made again: what it measured in the end outweighs that.
+        went_wrong = len(ends) > 0 and not measured.max() >= ends["planned_tokens"].max()
+        apart = np.abs(np.subtract.outer(measured.to_numpy(), space.tokens))
+        apart[apart > apart.min(axis=1, keepdims=True)] = math.inf  # of two horizons the nearer
+        near = apart <= np.maximum(batch_tokens, _SAME * np.array(space.tokens))
+        decay_at = [
+            t for t, any_near in zip(space.tokens, near.any(axis=0), strict=True) if any_near
+        ]
+        if not decay_at and not went_wrong:
+            continue
+        seed = recipe.run.get("seed", 0) if math.isnan(first["seed"]) else int(first["seed"])
+        spec = run_spec(
+            replace(recipe, run={**recipe.run, "seed": seed}), runner, shape,
+            lr=lr, batch_tokens=batch_tokens, decay_at=decay_at or [max(space.tokens)],
+        )  # fmt: skip
+        trials.append(Trial(
+            number=len(trials), spec=replace(spec, run_id=str(run_id)),
+            state=str(ends["status"].iloc[-1]) if went_wrong else "ok",
+            flops=float(rows["flops"].max()),
+        ))  # fmt: skip
+    return trials
+
+
+def _is_of_shape(row: Mapping[Any, Any], shape: Mapping[str, Any], runner: Runner) -> bool:
+    counts = zip(("n_active", "n_total"), runner.counts(shape), strict=True)
+    widths = [(k, shape[k]) for k in _WIDTHS if k in shape and not math.isnan(row[k])]
+    return all(_same(row[name], value) for name, value in [*counts, *widths])
+
+
+def _same(value: float, other: float) -> bool:
+    return math.isclose(value, other, rel_tol=_SAME)
+
+
+def _priced(runner: Runner, spec: RunSpec, *, repeat: bool = False) -> Candidate:
+    trunk = (*line_of(spec), spec.seed) if spec.schedule == "wsd" else None
+    return Candidate(spec=spec, flops=runner.flops(spec), repeat=repeat, trunk=trunk)
 
 
 def start_design(recipe: Recipe, runner: Runner) -> list[Candidate]:

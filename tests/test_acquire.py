@@ -14,7 +14,9 @@ from bayeslr.acquire import Proposal, _Beliefs, choose, plan, propose
 from bayeslr.errors import SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
-from bayeslr.space import Candidate
+from bayeslr.runner_protocol import find_runner, spec_row
+from bayeslr.runs import make_table
+from bayeslr.space import Candidate, candidates
 from bayeslr.specs import RunSpec, Target, parse_recipe
 from tests.fakes import toy_recipe
 from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target, true_log_lr
@@ -138,6 +140,20 @@ def test_the_same_seed_chooses_the_same_runs(posterior: Posterior) -> None:
     assert first == again
 
 
+def test_of_runs_that_share_a_trunk_one_is_proposed(posterior: Posterior) -> None:
+    """The longer one measures the shorter horizon on its way: both would pay that branch twice."""
+    both = [
+        dataclasses.replace(candidate(f"d{d:g}-u{u}", u=u, d=d), trunk=f"u{u}")
+        for u in (-1.2, 1.2) for d in (8e9, 1.6e10)
+    ]  # fmt: skip
+    found = choose(posterior, both, GOAL, num_runs=4, budget_flops=1e20, seed=1, only_paying=False)
+    assert len(found.proposals) == 2
+    assert {p.spec.run_id.rpartition("-u")[2] for p in found.proposals} == {"-1.2", "1.2"}
+    alone = [dataclasses.replace(c, trunk=None) for c in both]
+    found = choose(posterior, alone, GOAL, num_runs=4, budget_flops=1e20, seed=1, only_paying=False)
+    assert len(found.proposals) > 2
+
+
 def test_reasons_for_stopping(posterior: Posterior) -> None:
     def stop(runs: list[Candidate], goal: list[Target] = GOAL, budget: float = 1e21,
              num_runs: int = 5) -> str:  # fmt: skip
@@ -216,9 +232,37 @@ def test_a_plan_proposes_what_was_not_run(posterior: Posterior) -> None:
         mine = {(spec.n_active, d, spec.batch_tokens, round(math.log(spec.lr), 3))
                 for d in spec.decay_at}  # fmt: skip
         # What was run may be proposed once more, with another seed; it says so.
-        assert (mine <= seen) == proposal.repeat
+        assert mine <= seen if proposal.repeat else not mine & seen
     cheap = plan(posterior, recipe, budget_flops=1e17, num_runs=4)
     assert sum(p.flops for p in cheap.proposals) <= 1e17
+
+
+def test_a_plan_sells_no_branch_twice() -> None:
+    """Of a line (shape, batch, LR) whose short run is in the fit, the long one alone is left; of
+    one that is new, one run; of one that ended early, none.
+    """
+    document = space_recipe()
+    document["space"] |= {"shapes": document["space"]["shapes"][:1], "batch_tokens": [131_072]}
+    recipe = parse_recipe(document)
+    short, long = (
+        [p.spec for p in candidates(recipe, find_runner(recipe)) if p.spec.tokens == tokens]
+        for tokens in TOKENS
+    )
+    early, new, *measured = short
+    rows = [
+        {**spec_row(spec), "status": status, "loss": 3.0, "planned_tokens": spec.tokens}
+        for spec, status in [(early, "pruned"), *((spec, "ok") for spec in measured)]
+    ]
+    unsure = prior_posterior("moe-default", num_draws=600)
+    found = plan(dataclasses.replace(unsure, runs=make_table(rows)), recipe, budget_flops=1e23)
+    fresh = [p.spec for p in found.proposals if not p.repeat]
+    bought = {spec.lr: spec.decay_at for spec in fresh}
+    assert len(bought) == len(fresh)
+    whole = {new.lr: {new.decay_at, long[1].decay_at}}
+    assert len(bought.keys() - whole.keys()) > 0
+    for lr, decay_at in bought.items():
+        assert decay_at in whole.get(lr, {(int(TOKENS[1]),)})
+    assert early.lr not in bought
 
 
 def test_a_plan_repeats_runs_with_another_seed_and_says_so(posterior: Posterior) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bayeslr.errors import SpecError
-from bayeslr.runner_protocol import Trial
+from bayeslr.runner_protocol import Trial, spec_row
+from bayeslr.runs import make_table
 from bayeslr.space import (
     candidates,
     line_of,
@@ -16,8 +17,9 @@ from bayeslr.space import (
     repeats,
     start_design,
     targets_of,
+    trials_in,
 )
-from bayeslr.specs import Recipe, parse_recipe
+from bayeslr.specs import Recipe, RunSpec, parse_recipe
 from bayeslr_runners.command import CommandRunner
 from tests.fakes import toy_recipe
 
@@ -92,6 +94,62 @@ def test_a_repeat_is_the_longest_good_run_with_the_next_seed() -> None:
     (third,) = repeats(recipe, runner, [trial(long), trial(again.spec, "running")])
     assert third.spec.seed == long.seed + 2
     assert repeats(recipe, runner, [trial(long, void=True)]) == []
+
+
+def rows(spec: RunSpec, *ends: tuple[int, str], **more: Any) -> list[dict[str, Any]]:
+    """Rows of a run as a table has them: (tokens, status) each."""
+    return [
+        {**spec_row(spec), "tokens": tokens, "status": status,
+         "planned_tokens": tokens if status == "ok" else spec.tokens,
+         "loss": 3.0 if status in ("ok", "partial", "pruned") else None, **more}
+        for tokens, status in ends
+    ]  # fmt: skip
+
+
+def test_runs_of_a_table_are_the_trials_of_a_sweep() -> None:
+    """Whatever a sweep's own trials close or leave open, the table of their rows does too."""
+    recipe, runner = opened()
+    long = [p.spec for p in candidates(recipe, runner) if p.spec.tokens == 400_000]
+    ends = {
+        "ok": [(200_000, "ok"), (400_000, "ok")],
+        "diverged": [(200_000, "ok"), (230_000, "diverged")],
+        "pruned": [(90_000, "partial"), (120_000, "pruned")],
+        "failed": [(200_000, "ok"), (200_000, "failed")],
+    }
+    made = dict(zip(ends, long, strict=False))
+    table = make_table([row for state, s in made.items() for row in rows(s, *ends[state])])
+    trials = [trial(spec, state) for state, spec in made.items()]
+    found = trials_in(table, recipe, runner)
+    assert [(t.spec.run_id, t.state) for t in found] == [(s.run_id, k) for k, s in made.items()]
+    assert candidates(recipe, runner, found) == candidates(recipe, runner, trials)
+    assert repeats(recipe, runner, found) == repeats(recipe, runner, trials)
+
+
+def test_a_table_closes_what_it_measured_and_nothing_else() -> None:
+    recipe, runner = opened()
+    pool = candidates(recipe, runner)
+    short, *_ = [p.spec for p in pool if p.spec.tokens == 200_000]
+    table = make_table([
+        # As people write it: a whole batch short of the horizon, the LR in three figures.
+        *rows(short, (200_000 - 2048, "ok"), lr=float(f"{short.lr:.3g}"), planned_tokens=None),
+        *rows(pool[2].spec, (400_000, "lost")),
+        *rows(pool[4].spec, (90_000, "partial")),
+        *rows(pool[6].spec, (200_000, "diverged"), family="another"),
+        *rows(pool[8].spec, (200_000, "ok"), lr=1.1 * pool[8].spec.lr),
+    ])  # fmt: skip
+    found = trials_in(table, recipe, runner)
+    assert [(t.spec.decay_at, t.state) for t in found] == [((200_000,), "ok")]
+    left = [p.spec for p in candidates(recipe, runner, found)]
+    assert len(left) == len(pool) - 1
+    assert [s.decay_at for s in left if line_of(s) == line_of(short)] == [(400_000,)]
+
+
+def test_a_run_that_was_made_again_counts_as_what_it_came_to() -> None:
+    recipe, runner = opened()
+    spec = next(p.spec for p in candidates(recipe, runner) if p.spec.tokens == 400_000)
+    both = [(1, "failed"), (200_000, "ok"), (400_000, "ok")]
+    (found,) = trials_in(make_table(rows(spec, *both)), recipe, runner)
+    assert (found.state, found.spec.decay_at) == ("ok", (200_000, 400_000))
 
 
 def test_recorded_runs_have_no_other_seeds() -> None:

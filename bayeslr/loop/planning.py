@@ -17,7 +17,6 @@ from bayeslr.space import (
     Candidate,
     candidates,
     cell_of,
-    line_of,
     longest,
     random_design,
     repeats,
@@ -157,10 +156,7 @@ class Planner:
         )
         if not plan.proposals:
             return Stop(kind="rule", reason=plan.stop_reason)
-        # Two horizons of one (shape, batch, LR) share their trunk: the first one proposed stands.
-        lines = {line_of(p.spec): p for p in reversed(plan.proposals)}
-        kept = [p for p in plan.proposals if lines[line_of(p.spec)] is p]
-        return [Due(spec=p.spec, flops=p.flops, reason=p.reason) for p in kept]
+        return [Due(spec=p.spec, flops=p.flops, reason=p.reason) for p in plan.proposals]
 
 
 def _steering_fit(
