@@ -345,10 +345,14 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
         together = f"; {len(group)} LRs of one slice together" if len(group) > 1 else ""
         # What is cut off here is proposed again by the next choice, if it still pays.
         for i in group[: num_runs - len(proposals)]:
+            spec = candidates[i].spec
             again = "; again with another seed" if candidates[i].repeat else ""
+            if spec.continues is not None:
+                at = format_quantity(spec.continues_at)
+                again += f"; goes on from {spec.continues} at {at} tokens"
             proposals.append(
                 Proposal(
-                    spec=candidates[i].spec,
+                    spec=spec,
                     flops=float(flops[i]),
                     saves_nats=float(gains[best]) / len(group),
                     saves_flops=saves_flops / len(group),

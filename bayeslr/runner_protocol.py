@@ -5,11 +5,15 @@ the child reads the spec from ``SPEC.json``, appends records (rows of the run ta
 a line) to ``records.jsonl`` in the run's folder and keeps its checkpoints beside them. Started
 again in the same folder, the child goes on from its last checkpoint. Exit status 0 means that the
 records say all there is to say, divergence included; any other means that the run failed.
+
+A trainer that keeps the stable trunk of a WSD run for longer ones says so in the record of the
+longest horizon: ``trunk_tokens``, where the trunk stands. See `ContinuingRunner`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -79,6 +83,18 @@ class StackRunner(Runner, Protocol):
         ...
 
 
+@runtime_checkable
+class ContinuingRunner(Runner, Protocol):
+    """A runner whose runs can go on from the trunk that another run left (``spec.continues``).
+
+    The result is that of the whole run; the records and the FLOPs are those of the new part.
+    """
+
+    def has_trunk(self, spec: RunSpec, runs_dir: Path) -> bool:
+        """Whether the folders of the runs hold what a continuing run needs to start or resume."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One run as the study knows it.
@@ -109,6 +125,13 @@ class Trial:
     def status_reason(self) -> str:
         """Why the run ended as it did, in the words of its last record."""
         return str((self.records[-1].get("status_reason") or "") if self.records else "")
+
+    @property
+    def trunk_tokens(self) -> int | None:
+        """Tokens at which the trunk stands that the run left for longer ones; None without one."""
+        found = [row.get("trunk_tokens") for row in self.records]
+        kept = [int(at) for at in found if isinstance(at, int | float) and math.isfinite(at)]
+        return max(kept, default=None)
 
     @property
     def final_loss(self) -> float | None:
@@ -184,7 +207,7 @@ def spec_row(spec: RunSpec) -> dict[str, Any]:
     """Columns of the run table that a spec determines; a record need not repeat them."""
     row = dataclasses.asdict(spec)
     shape = row.pop("shape")
-    for name in ("runner", "options", "decay_at"):
+    for name in ("runner", "options", "decay_at", "continues", "continues_at"):
         del row[name]
     row |= {k: shape[k] for k in ("d_model", "n_layers", "n_experts", "top_k") if k in shape}
     return {**row, "planned_tokens": spec.tokens}

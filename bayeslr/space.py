@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from bayeslr.errors import SpecError
-from bayeslr.runner_protocol import Runner, Trial
+from bayeslr.runner_protocol import ContinuingRunner, Runner, Trial
 from bayeslr.runs import RunTable
 from bayeslr.specs import Recipe, RunSpec, Target
 from bayeslr.units import parse_quantity
@@ -116,9 +116,11 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
     """Every run of the space that the trials have not measured yet, in a fixed order.
 
     Under WSD a run to one horizon measures the shorter horizons on its way, so a candidate decays
-    at every token count up to its own that its (shape, batch, LR) still lacks.
+    at every token count up to its own that its (shape, batch, LR) still lacks. Where the runner can
+    go on from the trunk that an earlier run of that line and seed left, the candidate does.
     """
     measured: dict[tuple[str, int, float], set[int]] = {}
+    trunks: dict[tuple[str, int, float], Trial] = {}
     for trial in trials:
         if trial.void:
             continue
@@ -128,13 +130,17 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
         # was stopped early told enough.
         reached = recipe.space.tokens if trial.state in _NOT_LONGER else spec.decay_at
         measured.setdefault(key, set()).update(reached)
+        same_seed = spec.seed == recipe.run.get("seed", 0)
+        if trial.state == "ok" and same_seed and isinstance(runner, ContinuingRunner):
+            trunks[key] = max(trunks.get(key, trial), trial, key=lambda t: t.trunk_tokens or 0)
     priced = []
     wsd = recipe.run.get("schedule", "wsd") == "wsd"
     horizons = sorted(recipe.space.tokens)
     for shape in recipe.space.shapes:
         for batch_tokens in recipe.space.batch_tokens:
             for lr in recipe.space.lr.values():
-                known = measured.get((shape["name"], batch_tokens, float(f"{lr:.5g}")), set())
+                line = (shape["name"], batch_tokens, float(f"{lr:.5g}"))
+                known = measured.get(line, set())
                 for end in horizons:
                     if end in known:
                         continue
@@ -147,8 +153,21 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
                         batch_tokens=batch_tokens,
                         decay_at=decay_at if wsd else [end],
                     )
+                    if line in trunks:
+                        spec = _continued(spec, trunks[line])
                     priced.append(_priced(runner, spec))
     return priced
+
+
+def _continued(spec: RunSpec, earlier: Trial) -> RunSpec:
+    """The rest of a run, from where an earlier one left its trunk; all of it where none helps."""
+    kept = earlier.trunk_tokens
+    if kept is None or spec.schedule != "wsd":
+        return spec
+    later = tuple(t for t in spec.decay_at if kept <= (1 - spec.decay_fraction) * t)
+    if spec.tokens not in later:
+        return spec
+    return replace(spec, decay_at=later, continues=earlier.spec.run_id, continues_at=kept)
 
 
 def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Candidate]:
@@ -211,6 +230,7 @@ def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
             number=len(trials), spec=replace(spec, run_id=str(run_id)),
             state=str(ends["status"].iloc[-1]) if went_wrong else "ok",
             flops=float(rows["flops"].max()),
+            records=[{str(k): v for k, v in row.items()} for row in rows.to_dict("records")],
         ))  # fmt: skip
     return trials
 

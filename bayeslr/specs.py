@@ -140,7 +140,9 @@ class RunSpec:
 
     ``tokens`` is the longest horizon. Under WSD, ``decay_at`` lists the token counts at which the
     decayed loss is measured: a stable trunk is trained once and each branch decays off it over the
-    last ``decay_fraction`` of its own count; it always holds ``tokens``. ``shape`` and ``options``
+    last ``decay_fraction`` of its own count; it always holds ``tokens``. A run that ``continues``
+    another (a run_id: of the same settings, but for its horizons) takes over the trunk that the
+    other left at ``continues_at`` tokens, and trains what comes after. ``shape`` and ``options``
     belong to the runner (widths, experts; data, evaluation).
     """
 
@@ -165,6 +167,8 @@ class RunSpec:
     decay_fraction: float = 0.2
     final_lr_fraction: float = 0.0
     decay_at: tuple[int, ...] = ()
+    continues: str | None = None
+    continues_at: int = 0
     shape: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
@@ -213,18 +217,53 @@ class RunSpec:
             f"run {self.run_id}: decay_at must lie in (0, tokens], got {self.decay_at}",
         )
         object.__setattr__(self, "decay_at", branches)
+        self._check_continuation()
+
+    def _check_continuation(self) -> None:
+        _numbers(self, "continues_at")
+        if self.continues is None:
+            _require(
+                self.continues_at == 0,
+                f"run {self.run_id}: continues_at ({self.continues_at}) goes with continues, the "
+                "run_id of the run whose trunk is taken over",
+            )
+            return
+        _require(
+            isinstance(self.continues, str) and self.continues not in ("", self.run_id),
+            f"run {self.run_id}: continues must be the run_id of another run, got "
+            f"{self.continues!r}",
+        )
+        _require(
+            self.schedule == "wsd",
+            f"run {self.run_id}: only a 'wsd' run has a trunk to go on from, and this one's "
+            f"schedule is {self.schedule!r}",
+        )
+        first_decay = (1 - self.decay_fraction) * self.decay_at[0]
+        _require(
+            0 < self.continues_at <= first_decay,
+            f"run {self.run_id}: continues_at must lie in (0, {first_decay:.0f}], before its first "
+            f"decay begins, got {self.continues_at}",
+        )
 
     @property
     def trained_tokens(self) -> float:
         """Tokens that are paid for: the stable trunk and, under WSD, every decay branch."""
         if self.schedule != "wsd":
             return float(self.tokens)
-        trunk = (1 - self.decay_fraction) * self.tokens
+        trunk = (1 - self.decay_fraction) * self.tokens - self.continues_at
         return trunk + self.decay_fraction * sum(self.decay_at)
 
+    def share_at(self, tokens: float) -> float:
+        """Share of its own way, 0 to 1, that the run has behind it at a token count."""
+        share = (tokens - self.continues_at) / (self.tokens - self.continues_at)
+        return min(1.0, max(0.0, share))
+
     def to_json(self) -> str:
-        """One line of JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True, allow_nan=False)
+        """One line of JSON; what continues no other run does not speak of it."""
+        document = dataclasses.asdict(self)
+        if self.continues is None:
+            del document["continues"], document["continues_at"]
+        return json.dumps(document, sort_keys=True, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -334,7 +373,7 @@ class Recipe:
 
 _SET_BY_SWEEP = (
     "run_id", "family", "runner", "lr", "tokens", "batch_tokens", "n_active", "n_total",
-    "decay_at", "shape", "options",
+    "decay_at", "continues", "continues_at", "shape", "options",
 )  # fmt: skip
 
 

@@ -110,6 +110,11 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     for number, row in enumerate(cells):
         first = f"{number:>4}" if number else "    "
         lines.append("  ".join([first, *(c.rjust(w) for c, w in zip(row, widths, strict=True))]))
+    lines += [
+        f"{number:>4}  goes on from {p.spec.continues} at {format_quantity(p.spec.continues_at)} "
+        "tokens: its folder belongs beside that one's"
+        for number, p in enumerate(found.proposals, start=1) if p.spec.continues is not None
+    ]  # fmt: skip
     if any(p.repeat for p in found.proposals):
         lines.append("   * made before; again with another seed, against the noise")
     cost = sum(p.flops for p in found.proposals)

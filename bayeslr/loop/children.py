@@ -220,7 +220,7 @@ def judge(
     # A resumed child repeats its last checkpoint: the later row stands.
     rows = list({(r["run_id"], r["tokens"], r["status"]): r for r in rows}.values())
     rows.sort(key=lambda r: (r["tokens"], r["status"]))
-    share = min(1.0, max((r["tokens"] for r in rows), default=0.0) / spec.tokens)
+    share = spec.share_at(max((r["tokens"] for r in rows), default=0.0))
     if diverged := [r for r in rows if r["status"] == "diverged"]:
         return Verdict(
             state="diverged",
@@ -267,7 +267,8 @@ def _set_aside(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _end_row(spec: RunSpec, share: float, state: str, reason: str) -> dict[str, Any]:
-    end = {**spec_row(spec), "tokens": max(1.0, share * spec.tokens), "loss": None}
+    seen = spec.continues_at + share * (spec.tokens - spec.continues_at)
+    end = {**spec_row(spec), "tokens": max(1.0, seen), "loss": None}
     return {**end, "status": state, "status_reason": reason}
 
 

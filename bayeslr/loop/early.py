@@ -113,7 +113,7 @@ def early_ends(trials: Sequence[Trial], posterior: Posterior | None = None) -> E
     stopped = [t for t in trials if t.state == "pruned" and not t.void and t.records]
     saved = spent = 0.0
     for trial in stopped:
-        share = max(float(row["tokens"]) for row in trial.records) / trial.spec.tokens
+        share = trial.spec.share_at(max(float(row["tokens"]) for row in trial.records))
         spent += trial.flops
         saved += trial.flops * (1.0 / share - 1.0)
     wrongful = () if posterior is None or not stopped else _wrongful(stopped, posterior)

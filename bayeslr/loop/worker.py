@@ -7,6 +7,7 @@ those runs, so it does not depend on who plans it or how often the sweep was kil
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from bayeslr.loop.children import (
     write_rows,
 )
 from bayeslr.loop.early import hopeless
-from bayeslr.runner_protocol import RecordedRunner, Runner, Study, Trial
+from bayeslr.runner_protocol import ContinuingRunner, RecordedRunner, Runner, Study, Trial
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_lr, format_quantity
 
@@ -243,10 +244,28 @@ class Worker:
 
     def _ask_first(self, due: Sequence[Due]) -> Trial | None:
         for run in due:
-            trial = self._study.ask(run.spec, flops=run.flops, reason=run.reason)
+            here = run if self._can_start(run.spec) else self._whole(run)
+            trial = self._study.ask(here.spec, flops=here.flops, reason=here.reason)
             if trial is not None:
+                if here is not run:
+                    self._progress(f"{run.spec.run_id}: {here.reason}")
                 return trial
         return None
+
+    def _can_start(self, spec: RunSpec) -> bool:
+        """Whether this worker's folders hold what the run goes on from, if it does."""
+        if spec.continues is None:
+            return True
+        runner = self._runner
+        return isinstance(runner, ContinuingRunner) and runner.has_trunk(spec, self._runs_dir)
+
+    def _whole(self, run: Due) -> Due:
+        """The same run from its beginning, at the price of that."""
+        spec = dataclasses.replace(run.spec, continues=None, continues_at=0)
+        reason = f"trained whole, for the trunk of {run.spec.continues} is not in {self._runs_dir}"
+        return dataclasses.replace(
+            run, spec=spec, flops=self._runner.flops(spec), reason=f"{run.reason}; {reason}"
+        )
 
     def _plan_next(self, *, refused: Sequence[Due]) -> bool:
         number = self._batch + 1
@@ -281,6 +300,11 @@ class Worker:
             self._tell(number, spec, verdict, 0.0)
         elif isinstance(self._runner, RecordedRunner):
             self._look_up(self._runner, number, spec, run_dir)
+        elif not self._can_start(spec):
+            # Taken over from a worker that had the trunk; what was reserved does not pay for all.
+            reason = f"the trunk of {spec.continues} is not in {self._runs_dir}"
+            verdict = judge(spec, run_dir, failure=reason, preempted=True)
+            self._tell(number, spec, verdict, 0.0)
         else:
             self._children[number] = Child(spec, run_dir, self._runner.command(spec, run_dir))
             self._progress(f"training {len(self._children)} run(s)", transient=True)

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from bayeslr_runners.moe import MoeRunner, checkpoint
 from bayeslr_runners.moe import train as train_module
 from bayeslr_runners.moe.divergence import Watch, cause
 from bayeslr_runners.moe.records import RecordLog, finite
+from bayeslr_runners.moe.specfile import check_spec
 from bayeslr_runners.moe.train import train
 from bayeslr_runners.moe.trainer import Trainer
 from tests.runners.stopping import train_stopped
@@ -170,6 +172,111 @@ def test_a_resumed_run_equals_an_unbroken_one(
     train_stopped(run_dir, steps=steps, monkeypatch=monkeypatch)
     train(run_dir)
     assert timeless(run_dir) == timeless(unbroken)
+
+
+def continuing(**changes: Any) -> RunSpec:
+    """Twice as far as the run of `spec`, from its trunk: 40 steps, of which 10 decay."""
+    words = {"run_id": "longer", "tokens": 25_600, "decay_at": (), "continues": "r",
+             "continues_at": 10_240}  # fmt: skip
+    return spec(**{**words, **changes})
+
+
+def without_path(run_dir: Path, *, after: int = 0) -> list[dict[str, Any]]:
+    """Rows beyond a token count, without what says how a run came there."""
+    found = [row for row in timeless(run_dir) if row["tokens"] > after]
+    for row in found:
+        del row["run_id"], row["flops"], row["diagnostics"]["tokens_trained"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(one_thread: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of `continuing`, trained whole."""
+    run_dir = folder(tmp_path_factory.mktemp("runs"), spec(tokens=25_600, decay_at=()))
+    train(run_dir)
+    return run_dir
+
+
+def beside(unbroken: Path, path: Path) -> Path:
+    """A folder of runs that holds the one of `spec`."""
+    shutil.copytree(unbroken, path / "r")
+    return path
+
+
+def test_a_run_that_goes_on_from_another_ends_as_the_whole_run(
+    unbroken: Path, whole: Path, tmp_path: Path
+) -> None:
+    runs_dir, run = beside(unbroken, tmp_path), continuing()
+    assert rows(unbroken)[-1]["trunk_tokens"] == run.continues_at
+    assert MoeRunner(OPTIONS).has_trunk(run, runs_dir)
+    run_dir = folder(runs_dir / "longer", run)
+    train(run_dir)
+    assert without_path(run_dir) == without_path(whole, after=10_240) != []
+    # What is paid for is new, and nothing else: of 25,600 tokens, those after the trunk.
+    last = rows(run_dir)[-1]
+    assert last["diagnostics"]["tokens_trained"] == 25_600 - 10_240
+    assert last["flops"] == MoeRunner(OPTIONS).flops(run) == 6 * run.n_active * 15_360
+    # It leaves its own trunk to still longer ones.
+    assert last["trunk_tokens"] == 20_480
+    third = continuing(run_id="third", tokens=38_400, continues="longer", continues_at=20_480)
+    train(folder(runs_dir / "third", third))
+    train(folder(runs_dir / "whole", spec(tokens=38_400, decay_at=())))
+    assert without_path(runs_dir / "third") == without_path(runs_dir / "whole", after=20_480)
+
+
+@pytest.mark.parametrize(("steps", "every"), [(1, 4), (39, 4), (45, 4), (40, 1)])
+def test_a_run_that_goes_on_resumes_like_any_other(
+    unbroken: Path, whole: Path, tmp_path: Path, steps: int, every: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Killed before its first checkpoint or after; the folder that it came from may then go."""
+    # What a checkpoint's interval is decides nothing of a trunk, but says another spec.
+    options = {"checkpoint_steps": every}
+    earlier = folder(tmp_path / "r", spec(options=options))
+    train(earlier)
+    run_dir = folder(tmp_path / "longer", continuing(options=options))
+    train_stopped(run_dir, steps=steps, monkeypatch=monkeypatch)
+    if steps > every:
+        shutil.rmtree(earlier)
+        assert MoeRunner(OPTIONS).has_trunk(continuing(options=options), tmp_path)
+    train(run_dir)
+    assert without_path(run_dir) == without_path(whole, after=10_240)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"continues": "elsewhere"}, "is not there; put the folders of both beside each other"),
+     ({"lr": 0.01}, "is not the trunk of this run"),
+     ({"seed": 1}, "is not the trunk of this run"),
+     ({"continues_at": 10_240 - 256}, "is not the trunk of this run")],
+)  # fmt: skip
+def test_a_run_goes_on_from_its_own_trunk_alone(
+    unbroken: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    runs_dir, run = beside(unbroken, tmp_path), continuing(**changes)
+    assert not MoeRunner(OPTIONS).has_trunk(run, runs_dir)
+    with pytest.raises(StorageError, match=message):
+        train(folder(runs_dir / "longer", run))
+
+
+def test_a_trunk_is_taken_over_between_two_steps() -> None:
+    check_spec(continuing())
+    with pytest.raises(
+        SpecError, match=r"continues_at \(10300\) must be a multiple of batch_token"
+    ):
+        check_spec(continuing(continues_at=10_300))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"schedule": "cosine", "decay_at": ()}, {"options": {"keep_trunk": False}}, {"lr": 9.0},
+     {"options": {"base_tokens": 12_800, "horizon_exponent": -0.3}}],
+    ids=["no trunk", "not wanted", "diverged", "its LR depends on the horizon"],
+)  # fmt: skip
+def test_no_trunk_is_left_where_none_can_go_on(tmp_path: Path, changes: dict[str, Any]) -> None:
+    train(folder(tmp_path, spec(**changes)))
+    assert "trunk_tokens" not in rows(tmp_path)[-1]
+    assert not (tmp_path / "trunk.pt").exists()
 
 
 def test_killed_child_goes_on_and_ends_the_same(tmp_path: Path) -> None:
@@ -361,15 +468,16 @@ def test_full_disk_at_a_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_full_disk_leaves_the_old_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    checkpoint.save(tmp_path, {"a": 1})
+    path = tmp_path / "checkpoint.pt"
+    checkpoint.save(path, {"a": 1})
 
     def refuse(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(StorageError, match="No space left on device"):
-        checkpoint.save(tmp_path, {"a": 2})
-    assert checkpoint.load(tmp_path) == {"a": 1}
+        checkpoint.save(path, {"a": 2})
+    assert checkpoint.load(path) == {"a": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
 
 

@@ -18,6 +18,7 @@ from bayeslr_runners.moe.rules import transfer_rules
 from bayeslr_runners.moe.schedule import trained_tokens
 from bayeslr_runners.moe.shapes import MoeShape
 from bayeslr_runners.moe.stack import stack_key
+from bayeslr_runners.moe.trunk import has_trunk
 
 __all__ = ["MoeRunner"]
 
@@ -36,7 +37,7 @@ class MoeRunner:
         return MoeShape.from_mapping(shape).counts(qk_norm=self.options.model.qk_norm)
 
     def flops(self, spec: RunSpec) -> float:
-        """FLOPs of the trunk and of every decay branch."""
+        """FLOPs of the trunk, from where the run begins, and of every decay branch."""
         return train_flops(spec.n_active, trained_tokens(spec))
 
     def command(self, spec: RunSpec, run_dir: Path) -> list[str]:
@@ -47,6 +48,10 @@ class MoeRunner:
                 f"param_convention {spec.param_convention!r}"
             )
         return [sys.executable, "-m", "bayeslr_runners.moe", str(run_dir)]
+
+    def has_trunk(self, spec: RunSpec, runs_dir: Path) -> bool:
+        """Whether the run can go on from the one that it names; see `trunk`."""
+        return has_trunk(spec, runs_dir)
 
     def stack_key(self, spec: RunSpec) -> str:
         """Equal for runs that `stack_command` can train together; see `stack`."""

@@ -12,15 +12,12 @@ import torch
 
 from bayeslr.errors import StorageError
 
-CHECKPOINT_FILE = "checkpoint.pt"
 
-
-def save(run_dir: Path, state: dict[str, Any]) -> None:
+def save(path: Path, state: dict[str, Any]) -> None:
     """Write the state beside the old checkpoint, then take its place.
 
     Raises: StorageError if the disk refuses; the old checkpoint is then untouched.
     """
-    path = run_dir / CHECKPOINT_FILE
     # Serialised in memory first: a failed write then is a plain OSError, with nothing half done.
     buffer = io.BytesIO()
     torch.save(state, buffer)
@@ -40,9 +37,8 @@ def save(run_dir: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def load(run_dir: Path) -> dict[str, Any] | None:
-    """The last checkpoint, or None. Raises: StorageError if it cannot be read."""
-    path = run_dir / CHECKPOINT_FILE
+def load(path: Path) -> dict[str, Any] | None:
+    """The checkpoint, None if there is none. Raises: StorageError if it cannot be read."""
     if not path.exists():
         return None
     try:
@@ -53,8 +49,3 @@ def load(run_dir: Path) -> dict[str, Any] | None:
             f"{path} cannot be read ({type(error).__name__}); delete it to start the run afresh"
         ) from error
     return state
-
-
-def remove(run_dir: Path) -> None:
-    """Delete the checkpoint, if there is one."""
-    (run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)

@@ -117,6 +117,8 @@ class TrainOptions:
     threads: CPU threads of the child; None shares the machine's cores between ``workers``.
     partial_evals: validation losses taken along the undecayed trunk.
     checkpoint_steps replaces checkpoint_seconds where it is given.
+    keep_trunk: leave the state before the last decay in the folder of a WSD run (12 bytes a
+    parameter), for longer runs to go on from.
     """
 
     decay_shape: str = "linear"
@@ -132,6 +134,7 @@ class TrainOptions:
     checkpoint_seconds: float = 20.0
     checkpoint_steps: int | None = None
     keep_checkpoint: bool = False
+    keep_trunk: bool = True
 
     def __post_init__(self) -> None:
         _one_of("decay_shape", self.decay_shape, DECAY_SHAPES)

@@ -76,16 +76,21 @@ def build_row(
     diagnostics: Mapping[str, Any],
     status_reason: str = "",
     measured: Measurement | None = None,
+    trunk_tokens: int | None = None,
 ) -> dict[str, Any]:
     """A row of the run table.
 
     tokens: the horizon asked for where it was reached; what was seen differs from it by at most
     half a batch, and stands in the diagnostics.
+    flops_tokens: passed through the network on the way there, decay branches left behind aside.
+    trunk_tokens: where the trunk stands that was kept, if one was.
     """
     shape = MoeShape.from_mapping(spec.shape)
     copied = {key: getattr(spec, key) for key in _FROM_SPEC}
+    kept = {} if trunk_tokens is None else {"trunk_tokens": trunk_tokens}
     return {
         **copied,
+        **kept,
         "arch": shape.arch,
         "d_model": shape.d_model,
         "n_layers": shape.n_layers,

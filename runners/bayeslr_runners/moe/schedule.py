@@ -60,10 +60,10 @@ def horizons(spec: RunSpec) -> tuple[Horizon, ...]:
 
 
 def trained_tokens(spec: RunSpec) -> int:
-    """Tokens that a whole run passes through the network: trunk and every decay branch."""
+    """Tokens that a run passes through the network: its trunk and every decay branch."""
     plan = horizons(spec)
     branches = sum(h.num_steps - h.branch_step for h in plan)
-    return (plan[-1].branch_step + branches) * spec.batch_tokens
+    return (plan[-1].branch_step + branches) * spec.batch_tokens - spec.continues_at
 
 
 def lr_factor(

@@ -33,6 +33,11 @@ def check_spec(spec: RunSpec) -> None:
     shape = MoeShape.from_mapping(spec.shape)
     options = Options.from_mapping(spec.options)
     horizons(spec)
+    if spec.continues_at % spec.batch_tokens:
+        raise SpecError(
+            f"run {spec.run_id}: continues_at ({spec.continues_at}) must be a multiple of "
+            f"batch_tokens ({spec.batch_tokens})"
+        )
     if spec.optimizer != "adamw":
         raise SpecError(f"run {spec.run_id}: optimizer must be 'adamw', got {spec.optimizer!r}")
     if spec.seed < 0:

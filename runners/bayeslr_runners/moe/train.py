@@ -2,7 +2,8 @@
 
 The position, the same for all members of a stack, is (horizon, whether it has left the trunk,
 step). A checkpoint holds the position and the state of the network there, and inside a branch also
-the state of the trunk where the branch left it.
+the state of the trunk where the branch left it. The state before the last branch is kept for longer
+runs (`trunk`).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from bayeslr_runners.moe.specfile import read_spec
 from bayeslr_runners.moe.spikes import Spikes
 from bayeslr_runners.moe.stack import check_stack
 from bayeslr_runners.moe.trainer import Step, Trainer
+from bayeslr_runners.moe.trunk import CHECKPOINT_FILE, TRUNK_FILE, trunk_key, trunk_tokens
 
 # A blow-up must last this share of the steps to the longest horizon, and this many steps at least.
 PATIENCE_SHARE, PATIENCE_STEPS = 0.02, 20
@@ -97,29 +99,50 @@ class _Member:
 
     def restore(self, state: dict[str, Any]) -> dict[str, Any]:
         """Inverse of `state`; the network."""
-        self.watch = Watch(**state["watch"])
+        self.watch = Watch(**{**state["watch"], "patience": self.watch.patience})
         self.spikes = Spikes(**state.get("spikes", {}))
         self.last = Step(**state["last"]) if state["last"] else None
         network: dict[str, Any] = state["trainer"]
         return network
 
     def spec_hash(self) -> str:
-        """What a checkpoint must have been saved under."""
-        return hashlib.sha256(self.spec.to_json().encode()).hexdigest()
+        """What a checkpoint must have been saved under: the run, wherever it began."""
+        whole = dataclasses.replace(self.spec, continues=None, continues_at=0)
+        return hashlib.sha256(whole.to_json().encode()).hexdigest()
 
 
 def _resumed(member: _Member) -> tuple[_Position, _Member]:
     """The member where its last checkpoint is; at the start if there is none."""
-    saved = checkpoint.load(member.run_dir)
+    path = member.run_dir / CHECKPOINT_FILE
+    saved = checkpoint.load(path)
     if saved is None:
-        return _Position(), member
+        return _started(member), member
     if saved["spec"] != member.spec_hash():
         raise StorageError(
-            f"{member.run_dir / checkpoint.CHECKPOINT_FILE} belongs to another spec than "
-            f"{SPEC_FILE} beside it; use a new folder for a new run"
+            f"{path} belongs to another spec than {SPEC_FILE} beside it; use a new folder for a "
+            "new run"
         )
     member.trunk, member.live, member.wall_s = saved["trunk"], saved["live"], saved["wall_s"]
     return _Position(**saved["position"]), member
+
+
+def _started(member: _Member) -> _Position:
+    """Where the member begins: at no step, or at the end of the trunk that it goes on from."""
+    spec = member.spec
+    if spec.continues is None:
+        return _Position()
+    path = member.run_dir.parent / spec.continues / TRUNK_FILE
+    saved = checkpoint.load(path)
+    wanted = (trunk_key(spec), spec.continues_at)
+    if saved is None or (saved["key"], saved["tokens"]) != wanted:
+        wrong = "is not there" if saved is None else "is not the trunk of this run"
+        raise StorageError(
+            f"run {spec.run_id} goes on from {spec.continues} at {spec.continues_at} tokens, but "
+            f"{path} {wrong}; put the folders of both beside each other, or take continues and "
+            f"continues_at out of {SPEC_FILE} to train the whole run"
+        )
+    member.live = saved["live"]
+    return _Position(step=spec.continues_at // spec.batch_tokens)
 
 
 class _AllEnded(Exception):
@@ -164,7 +187,9 @@ class _Run:
                     self._record_partial()
                 self._save_if_due()
             self._move(in_branch=True)
-            if not is_last and horizon.branch_step < horizon.num_steps:
+            if is_last:
+                self._keep_trunk()
+            elif horizon.branch_step < horizon.num_steps:
                 for member, state in zip(self.members, self._states(), strict=True):
                     member.trunk = state
         while self.position.step < horizon.num_steps:
@@ -216,6 +241,7 @@ class _Run:
                 tokens=horizon.tokens,
                 planned_tokens=horizon.tokens,
                 measured=found[member.spec.run_id],
+                trunk_tokens=self._kept_trunk(member) if horizon is self.plan[-1] else None,
             )
 
     def _record_partial(self) -> None:
@@ -248,6 +274,7 @@ class _Run:
                     planned_tokens=self.spec.tokens,
                 )
                 self._clean(member)
+                (member.run_dir / TRUNK_FILE).unlink(missing_ok=True)
         kept = [i for i, m in enumerate(self.members) if m.spec.run_id not in reasons]
         self.members = [self.members[i] for i in kept]
         if not kept:
@@ -263,7 +290,7 @@ class _Run:
             build_row(
                 member.spec,
                 **values,
-                flops_tokens=tokens_seen,
+                flops_tokens=tokens_seen - self.spec.continues_at,
                 schedule_state=schedule_state(self.spec, tokens_seen, horizon.tokens),
                 wall_s=member.wall_s,
                 corpus=self.trainer.corpus,
@@ -312,7 +339,7 @@ class _Run:
         self._charge()
         for member, state in zip(self.members, self._states(), strict=True):
             checkpoint.save(
-                member.run_dir,
+                member.run_dir / CHECKPOINT_FILE,
                 {
                     "spec": member.spec_hash(),
                     "position": dataclasses.asdict(self.position),
@@ -322,6 +349,19 @@ class _Run:
                 },
             )
         self.saved_at = time.monotonic()
+
+    def _keep_trunk(self) -> None:
+        """Leave the network before the last decay to longer runs."""
+        tokens = trunk_tokens(self.spec)
+        if tokens is None:
+            return
+        for member, state in zip(self.members, self._states(), strict=True):
+            kept = {"key": trunk_key(member.spec), "tokens": tokens, "live": state}
+            checkpoint.save(member.run_dir / TRUNK_FILE, kept)
+
+    def _kept_trunk(self, member: _Member) -> int | None:
+        # Not there if the run was resumed from a checkpoint that is older than this file.
+        return trunk_tokens(member.spec) if (member.run_dir / TRUNK_FILE).exists() else None
 
     def _states(self) -> list[dict[str, Any]]:
         networks = self.trainer.state()
@@ -334,7 +374,7 @@ class _Run:
 
     def _clean(self, member: _Member) -> None:
         if not self.options.keep_checkpoint:
-            checkpoint.remove(member.run_dir)
+            (member.run_dir / CHECKPOINT_FILE).unlink(missing_ok=True)
 
 
 def _names(members: Sequence[_Member]) -> str:
