@@ -347,6 +347,28 @@ def test_failed_runs_are_made_again_with_retry(
     assert result.spent_flops <= 12e12
 
 
+def test_a_run_that_is_made_again_is_paid_for_again(tmp_path: Path) -> None:
+    """The part that the first try got through is spent; the second may cost the whole."""
+    marker = tmp_path / "mended"
+    code = (
+        "import json, os, runpy, sys; line = json.dumps(dict(tokens=4e4, loss=9.0)) + chr(10);"
+        f"os.path.exists({str(marker)!r}) or (open(sys.argv[2], 'w').write(line),"
+        "sys.exit('not yet'));"
+        "runpy.run_module('bayeslr_runners.toy', run_name='__main__', alter_sys=True)"
+    )
+    changes = {"options__argv": ["{python}", "-c", code, "{spec}", "{records}", "{dir}"],
+               "sweep__max_runs": 1}  # fmt: skip
+    with pytest.raises(DataError, match="not yet"):
+        sweep(tmp_path / "out", **changes)
+    marker.touch()
+    sweep(tmp_path / "out", **changes, _retry=True)
+    study = open_study(None, "toy", tmp_path / "out", None)
+    first, again = study.trials()
+    study.close()
+    assert (first.state, again.state) == ("failed", "ok")
+    assert again.flops == 10 * first.flops > 0
+
+
 def test_a_second_sweep_on_the_folder_is_told_who_has_it(tmp_path: Path) -> None:
     with (
         loop._locked(tmp_path, "toy"),

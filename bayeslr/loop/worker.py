@@ -244,11 +244,19 @@ class Worker:
 
     def _ask_first(self, due: Sequence[Due]) -> Trial | None:
         for run in due:
-            here = run if self._can_start(run.spec) else self._whole(run)
-            trial = self._study.ask(here.spec, flops=here.flops, reason=here.reason)
+            spec, reason, note = run.spec, run.reason, ""
+            if not self._can_start(spec):
+                spec = dataclasses.replace(spec, continues=None, continues_at=0)
+                note = (
+                    f"trained whole, for the trunk of {run.spec.continues} is not in "
+                    f"{self._runs_dir}"
+                )
+                reason = f"{reason}; {note}"
+            # The price is that of what may be trained here, whatever the plan or a trial says.
+            trial = self._study.ask(spec, flops=self._runner.flops(spec), reason=reason)
             if trial is not None:
-                if here is not run:
-                    self._progress(f"{run.spec.run_id}: {here.reason}")
+                if note:
+                    self._progress(f"{spec.run_id}: {note}")
                 return trial
         return None
 
@@ -258,14 +266,6 @@ class Worker:
             return True
         runner = self._runner
         return isinstance(runner, ContinuingRunner) and runner.has_trunk(spec, self._runs_dir)
-
-    def _whole(self, run: Due) -> Due:
-        """The same run from its beginning, at the price of that."""
-        spec = dataclasses.replace(run.spec, continues=None, continues_at=0)
-        reason = f"trained whole, for the trunk of {run.spec.continues} is not in {self._runs_dir}"
-        return dataclasses.replace(
-            run, spec=spec, flops=self._runner.flops(spec), reason=f"{run.reason}; {reason}"
-        )
 
     def _plan_next(self, *, refused: Sequence[Due]) -> bool:
         number = self._batch + 1
