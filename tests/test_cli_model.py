@@ -15,8 +15,14 @@ import pandas as pd
 import pytest
 
 from bayeslr import __version__, cli
+from bayeslr.acquire import plan as make_plan
+from bayeslr.cli.plan import _lines, _write_specs
 from bayeslr.posterior import Posterior, load
-from bayeslr.runs import RunTable
+from bayeslr.predict import prior_posterior
+from bayeslr.runner_protocol import find_runner, spec_row
+from bayeslr.runs import RunTable, make_table
+from bayeslr.space import candidates
+from bayeslr.specs import parse_recipe
 from tests.fakes import toy_recipe, write_recipe
 from tests.model_fixtures import run_record
 from tests.test_acquire import space_recipe
@@ -293,6 +299,34 @@ def test_a_damaged_fit_ends_with_2_and_advice(bayeslr: Any, folder: Path) -> Non
     code, _, err = bayeslr("predict", folder, *FLAGS)
     assert code == 2
     assert "fit again" in err
+
+
+def test_plan_says_which_runs_go_on_from_others(tmp_path: Path) -> None:
+    """Where the trainer can, and the records of a shorter run say that its trunk was kept."""
+    shape = {"name": "tiny", "d_model": 32, "n_layers": 2, "n_heads": 1, "d_expert": 32,
+             "n_experts": 8, "top_k": 2}  # fmt: skip
+    document = toy_recipe(
+        sweep__runner="moe", space__tokens=[204_800, 819_200], space__shapes=[shape], options={},
+        space__lr={"low": 1e-3, "high": 1.6e-2, "per_octave": 1},
+        targets=[{"n_active": 6e9, "n_total": 4.8e10, "tokens": 1.2e12, "batch_tokens": 4_194_304}],
+    )  # fmt: skip
+    recipe = parse_recipe(document)
+    short = [p.spec for p in candidates(recipe, find_runner(recipe)) if p.spec.tokens == 204_800]
+    rows = [{**spec_row(s), "loss": 3.0, "status": "ok", "trunk_tokens": 163_840} for s in short]
+    alone = prior_posterior("moe-default", num_draws=600)
+    found = make_plan(dataclasses.replace(alone, runs=make_table(rows)), recipe, budget_flops=1e15)
+    on = [(i, p) for i, p in enumerate(found.proposals, start=1) if p.spec.continues]
+    assert on
+    text = _lines(found, [])
+    for number, proposal in on:
+        spec = proposal.spec
+        assert (spec.decay_at, spec.continues_at) == ((819_200,), 163_840)
+        assert f"goes on from {spec.continues} at 163.8K tokens" in proposal.reason
+        told = f"{number:>4}  goes on from {spec.continues} at 163.8K tokens"
+        assert any(line.startswith(told) for line in text)
+    _write_specs(tmp_path / "next.jsonl", found)
+    ready = [json.loads(line) for line in (tmp_path / "next.jsonl").read_text().splitlines()]
+    assert [s.get("continues") for s in ready] == [p.spec.continues for p in found.proposals]
 
 
 def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path: Path) -> None:

@@ -123,6 +123,14 @@ def test_specs_are_frozen_and_keyword_only() -> None:
         ({"warmup_tokens": 100_000}, "warmup_tokens must be in"),
         ({"decay_at": (200_000,)}, "decay_at must lie in"),
         ({"decay_at": (-5,)}, "decay_at must lie in"),
+        ({"continues_at": 8192}, r"continues_at \(8192\) goes with continues"),
+        ({"continues": "r0"}, r"continues_at must lie in \(0, 80000\], .* got 0"),
+        ({"continues": "r0", "continues_at": 81_920}, r"must lie in \(0, 80000\], .* got 81920"),
+        ({"continues": "r0", "continues_at": 40_960, "decay_at": (50_000,)}, r"in \(0, 40000\]"),
+        ({"continues": "r0", "continues_at": "8k"}, "continues_at must be a number"),
+        ({"continues": "r1", "continues_at": 8192}, "the run_id of another run, got 'r1'"),
+        ({"continues": 3, "continues_at": 8192}, "the run_id of another run, got 3"),
+        ({"continues": "r0", "continues_at": 8192, "schedule": "cosine"}, "only a 'wsd' run"),
     ],
 )
 def test_run_spec_names_the_broken_rule(change: dict[str, Any], message: str) -> None:
@@ -154,6 +162,18 @@ def test_run_spec_survives_json() -> None:
 def test_run_spec_of_broken_json(text: str, message: str) -> None:
     with pytest.raises(SpecError, match=message):
         RunSpec.from_json(text)
+
+
+def test_a_run_that_goes_on_says_so_and_any_other_does_not_speak_of_it() -> None:
+    whole = RunSpec(**RUN)
+    assert "continues" not in whole.to_json()
+    rest = dataclasses.replace(whole, continues="r0", continues_at=40_960)
+    assert json.loads(rest.to_json())["continues"] == "r0"
+    assert RunSpec.from_json(rest.to_json()) == rest
+    # It trains, and pays for, what comes after.
+    assert rest.trained_tokens == whole.trained_tokens - 40_960
+    assert whole.share_at(70_480) == pytest.approx(0.7048)
+    assert [rest.share_at(tokens) for tokens in (0, 40_960, 70_480, 100_000)] == [0, 0, 0.5, 1]
 
 
 def test_run_spec_rejects_an_unknown_key() -> None:
