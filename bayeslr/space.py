@@ -199,27 +199,27 @@ def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
     """
     frame = table.frame
     frame = frame[(frame["family"] == recipe.family) & frame["status"].isin(["ok", *_NOT_LONGER])]
-    space = recipe.space
-    lrs = np.array(space.lr.values())
+    by_run: dict[str, list[dict[str, Any]]] = {}
+    for raw in frame.to_dict("records"):
+        by_run.setdefault(str(raw["run_id"]), []).append({str(k): v for k, v in raw.items()})
+    space, lrs = recipe.space, np.array(recipe.space.lr.values())
+    sizes = [(shape, runner.counts(shape)) for shape in space.shapes]
     trials: list[Trial] = []
-    for run_id, rows in frame.groupby("run_id", sort=False):
-        first = rows.iloc[0].to_dict()
-        shape = next((s for s in space.shapes if _is_of_shape(first, s, runner)), None)
+    for run_id, rows in by_run.items():
+        first = rows[0]
+        shape = next((s for s, counts in sizes if _is_of_shape(first, s, counts)), None)
         batch_tokens = next((b for b in space.batch_tokens if _same(first["batch_tokens"], b)), 0)
         lr = float(lrs[np.argmin(np.abs(np.log(lrs / first["lr"])))])
         if shape is None or not batch_tokens or not _same(first["lr"], lr):
             continue
-        ends = rows[rows["status"] != "ok"]
-        measured = rows.loc[rows["status"] == "ok", "tokens"]
+        measured = [row["tokens"] for row in rows if row["status"] == "ok"]
+        found = {_horizon_of(tokens, space.tokens, batch_tokens) for tokens in measured}
+        decay_at = [tokens for tokens in space.tokens if tokens in found]
         # One that failed may have been made again: what it measured in the end outweighs that.
-        went_wrong = len(ends) > 0 and not measured.max() >= ends["planned_tokens"].max()
-        apart = np.abs(np.subtract.outer(measured.to_numpy(), space.tokens))
-        apart[apart > apart.min(axis=1, keepdims=True)] = math.inf  # of two horizons the nearer
-        near = apart <= np.maximum(batch_tokens, _SAME * np.array(space.tokens))
-        decay_at = [
-            t for t, any_near in zip(space.tokens, near.any(axis=0), strict=True) if any_near
-        ]
-        if not decay_at and not went_wrong:
+        reached = max(measured, default=0.0)
+        ends = [r["status"] for r in rows
+                if r["status"] != "ok" and not reached >= r["planned_tokens"]]  # fmt: skip
+        if not decay_at and not ends:
             continue
         seed = recipe.run.get("seed", 0) if math.isnan(first["seed"]) else int(first["seed"])
         spec = run_spec(
@@ -227,18 +227,22 @@ def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
             lr=lr, batch_tokens=batch_tokens, decay_at=decay_at or [max(space.tokens)],
         )  # fmt: skip
         trials.append(Trial(
-            number=len(trials), spec=replace(spec, run_id=str(run_id)),
-            state=str(ends["status"].iloc[-1]) if went_wrong else "ok",
-            flops=float(rows["flops"].max()),
-            records=[{str(k): v for k, v in row.items()} for row in rows.to_dict("records")],
+            number=len(trials), spec=replace(spec, run_id=run_id),
+            state=ends[-1] if ends else "ok", flops=max(row["flops"] for row in rows), records=rows,
         ))  # fmt: skip
     return trials
 
 
-def _is_of_shape(row: Mapping[Any, Any], shape: Mapping[str, Any], runner: Runner) -> bool:
-    counts = zip(("n_active", "n_total"), runner.counts(shape), strict=True)
-    widths = [(k, shape[k]) for k in _WIDTHS if k in shape and not math.isnan(row[k])]
-    return all(_same(row[name], value) for name, value in [*counts, *widths])
+def _is_of_shape(row: Mapping[str, Any], shape: Mapping[str, Any], counts: tuple[int, int]) -> bool:
+    stated = [("n_active", counts[0]), ("n_total", counts[1])]
+    stated += [(k, shape[k]) for k in _WIDTHS if k in shape and not math.isnan(row[k])]
+    return all(_same(row[name], value) for name, value in stated)
+
+
+def _horizon_of(tokens: float, horizons: Sequence[int], batch_tokens: int) -> int | None:
+    """The horizon that a run to so many tokens measured; None if it is none of these."""
+    near = min(horizons, key=lambda horizon: abs(horizon - tokens))
+    return near if abs(near - tokens) <= max(batch_tokens, _SAME * near) else None
 
 
 def _same(value: float, other: float) -> bool:
