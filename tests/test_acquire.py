@@ -78,6 +78,26 @@ def test_a_second_run_of_a_slice_goes_to_the_side_and_not_to_the_same_lr(
     assert beliefs.regret() < 0.97 * before
 
 
+def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> None:
+    """Nine tenths of its variance: what is a branch's own is a tenth, the rest moves both alike."""
+    draws = posterior.draws.assign(noise_run=posterior.draws["noise_run"] * 0 + 3.0)
+    sharing = dataclasses.replace(posterior, draws=draws)
+    (n, *_), (short, long), (b, *_) = SIZES, TOKENS, BATCHES
+    lower = true_log_lr(n, short, b) - true_log_lr(n, long, b)
+    branches = candidate("both", n, long, b, u=lower, decay_at=(int(short),))
+    alone, both = (
+        _Beliefs(sharing, [run], GOAL, np.ones(1), seed=1)
+        for run in (candidate("one", n, short, b), branches)
+    )
+    assert both.noise_variance[0] == pytest.approx(alone.noise_variance[0] / 10, rel=1e-6)
+    unshared = dataclasses.replace(
+        posterior, draws=draws.assign(noise_run=draws["noise_run"] / 1e9)
+    )
+    added = both.loss - _Beliefs(unshared, [branches], GOAL, np.ones(1), seed=1).loss
+    assert np.corrcoef(added.T)[0, 1] == pytest.approx(1.0, abs=1e-6)
+    assert added.var(axis=0) == pytest.approx(9 * both.noise_variance, rel=0.2)
+
+
 def test_a_family_that_the_target_does_not_share_tells_less(posterior: Posterior) -> None:
     pair = [candidate("a"), candidate("b", u=-1.4)]
     other = [
@@ -101,9 +121,11 @@ def test_a_target_that_learns_nothing_makes_no_run_worth_more(posterior: Posteri
         return found.proposals[0].saves_flops
 
     vast = target("vast", n_active=6e12, n_total=4.8e13, tokens=1.2e15, family="unseen")
-    alone = worth(GOAL, [1.0])
-    assert worth([*GOAL, vast], [1.0, 1e-9]) == pytest.approx(alone, rel=0.3)
-    assert worth(GOAL, [2.0]) == pytest.approx(2 * alone)
+    near = target("near", tokens=1.1e12, n_active=5e9, n_total=4e10)
+    # Beside another target, for draws depend on a target's place.
+    beside = worth([*GOAL, near], [1.0, 1e-9])
+    assert worth([*GOAL, vast], [1.0, 1e-9]) == pytest.approx(beside, rel=0.02)
+    assert worth(GOAL, [2.0]) == pytest.approx(2 * worth(GOAL, [1.0]))
 
 
 def test_of_equal_runs_the_cheaper_is_taken(posterior: Posterior) -> None:

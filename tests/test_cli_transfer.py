@@ -1,4 +1,4 @@
-"""The verbs on transfer rules: show, check."""
+"""The verbs on transfer: show, check, predict."""
 
 from __future__ import annotations
 
@@ -13,8 +13,12 @@ from typing import Any
 
 import pytest
 
+from bayeslr.blend import Blend
 from bayeslr.cli.transfer import transfer_app
 from bayeslr.errors import SpecError
+from bayeslr.posterior import Posterior
+from bayeslr.predict import predict
+from tests.model_fixtures import made_up_runs, target
 
 BASE = "d_model=32,n_layers=2,n_heads=2,d_expert=32,n_experts=4,top_k=2"
 GROUPS = ("embedding", "attention", "router", "expert_up", "expert_down", "norm", "head")
@@ -135,3 +139,51 @@ def test_what_check_cannot_use_is_said(tmp_path: Path, words: list[str], message
     assert done.returncode == 2
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture
+def blending(posterior: Posterior, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `blend` was asked for; it answers from the fit that the tests share."""
+    asked: list[Any] = []
+
+    def stand_in(runs: Any, targets: Any, *, cards: Any, seed: int) -> Blend:
+        asked.append((len(runs), targets, cards, seed))
+        table = predict(posterior, targets)
+        return Blend(
+            weights={"transfer": 0.25, "weak": 0.75}, scores={"transfer": -1.0, "weak": 0.1},
+            num_held_out=2, posteriors=dict.fromkeys(cards, posterior),
+            alone=dict.fromkeys(cards, table),
+            predictions=table.drop(columns=["sentence", "extrapolation", "level"]),
+        )  # fmt: skip
+
+    monkeypatch.setattr("bayeslr.blend.blend", stand_in)
+    return asked
+
+
+def test_predict_tells_each_card_and_both(blending: list[Any], tmp_path: Path) -> None:
+    runs = tmp_path / "runs.csv"
+    made_up_runs().frame.to_csv(runs, index=False)
+    words = ("predict", runs, "--n-active", "600M", "--n-total", "4.8B", "--tokens", "48B",
+             "--batch-tokens", "1M", "--family", "made-up", "--card", "transfer", "--card", "weak",
+             "--seed", 7)  # fmt: skip
+    text = transfer(*words, "--out", tmp_path / "both.csv")
+    ((num_runs, (wanted,), cards, seed),) = blending
+    assert (num_runs, cards, seed) == (40, ("transfer", "weak"), 7)
+    assert wanted.n_total == pytest.approx(target().n_total)
+    lines = text.splitlines()
+    assert lines[0].startswith("Target: 600,000,000 active of 4,800,000,000")
+    assert [line.split()[1] for line in lines[2:5]] == ["transfer", "weak", "blended"]
+    assert "2 optima of the largest shape, held out: 25 % transfer, 75 % weak." in lines[5]
+    assert (tmp_path / "both.csv").is_file()
+    found = json.loads(transfer(*words, "--json"))
+    assert found["weights"] == {"transfer": 0.25, "weak": 0.75}
+    assert set(found["alone"]) == {"transfer", "weak"}
+    assert found["predictions"][0]["lr"] == pytest.approx(found["alone"]["weak"][0]["lr"])
+
+
+def test_one_card_is_nothing_to_weigh(tmp_path: Path) -> None:
+    runs = tmp_path / "runs.csv"
+    made_up_runs().frame.to_csv(runs, index=False)
+    with pytest.raises(SpecError, match="at least two cards are weighed, got weak"):
+        transfer("predict", runs, "--n-active", "1B", "--tokens", "9B", "--batch-tokens", "1M",
+                 "--card", "weak")  # fmt: skip
