@@ -40,7 +40,7 @@ $(STAMP): pyproject.toml $(wildcard constraints/*.txt)
 	  fi; \
 	  echo "Installing into $(VENV) (minutes the first time) ..."; \
 	  $(BIN)/python -m pip install -qq "pip>=25.1" && \
-	  $(BIN)/python -m pip install -qq $$constrain --editable ".[runners,postgres]" --group dev
+	  $(BIN)/python -m pip install -qq $$constrain --editable ".[runners,postgres,slurm]" --group dev
 	@touch $@
 
 setup: $(STAMP)  ## Make .venv and install everything into it (the other targets do it themselves)

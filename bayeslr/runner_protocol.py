@@ -224,6 +224,7 @@ def mask_password(url: str | None) -> str | None:
 
 
 _SINGULAR = {
+    "bayeslr.launchers": "launcher",
     "bayeslr.runners": "runner",
     "bayeslr.strategies": "strategy",
     "bayeslr.studies": "study",

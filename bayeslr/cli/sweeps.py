@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -100,15 +102,55 @@ def worker(
         typer.Option("--out", help="Folder for run folders; the sweep's own where it is shared."),
     ] = None,
     slots: Annotated[int, typer.Option(min=1, help="Runs at a time.")] = 1,
+    launch: Annotated[
+        str | None,
+        typer.Option(help="Have workers started by slurm, ray or local (in the background here)."),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="With --launch: how many workers.")] = 1,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help="With --launch: KEY=VALUE for the scheduler, as gpus_per_node=1."),
+    ] = None,
 ) -> None:
     """One more worker for a sweep, on any machine that reaches its storage."""
     from bayeslr.loop import work
 
-    stop_on_sigterm()
     if out is None:
         out = Path(f"{study}-worker") if "://" in storage else Path(storage)
+    if launch is not None:
+        _launch(launch, storage, study, out, slots, count, setting or [])
+        return
+    if count != 1 or setting:
+        raise SpecError("--count and --setting go with --launch")
+    stop_on_sigterm()
     stop = work(storage, study, out, slots=slots, progress=Lines())
     _echo(f"the sweep has stopped: {stop.reason}")
+
+
+def _launch(launcher: str, storage: str, study: str, out: Path, slots: int, count: int,
+            settings: Sequence[str]) -> None:  # fmt: skip
+    """Hand workers to a scheduler."""
+    from bayeslr.runner_protocol import find_entry_point
+    from bayeslr.units import counted
+
+    parsed: dict[str, Any] = {}
+    for word in settings:
+        key, equals, value = word.partition("=")
+        if not (key and equals):
+            raise SpecError(f"--setting: expected KEY=VALUE, got {word!r}")
+        try:
+            parsed[key] = json.loads(value)
+        except ValueError:
+            parsed[key] = value
+    place = storage if "://" in storage else str(Path(storage).absolute())
+    words = [
+        sys.executable, "-c", "from bayeslr.cli import main; main()", "worker",
+        "--storage", place, "--study", study, "--out", str(out.absolute()), "--slots", str(slots),
+    ]  # fmt: skip
+    logs = out.absolute() / "workers"
+    start = find_entry_point("bayeslr.launchers", launcher)
+    jobs = start(words, count=count, folder=logs, settings=parsed)
+    _echo(f"{counted(count, 'worker')} handed to {launcher}: {', '.join(jobs)}; logs in {logs}")
 
 
 def status(
