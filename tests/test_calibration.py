@@ -201,12 +201,49 @@ def test_a_small_run_answers_in_every_form(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_what_cannot_be_calibrated_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"model must be one of valley, twin-shifted, twin-noisy"):
+    with pytest.raises(SpecError, match=r"model must be one of valley, two-stage, twin-shifted,"):
         calibrate("weak", model="magic")
     with pytest.raises(SpecError, match=r"num_tables must be at least 2, got 1"):
         calibrate("weak", num_tables=1)
     with pytest.raises(SpecError, match=r"num_runs must be at most 208, got 209; no larger table"):
         calibrate("weak", num_runs=209)
+
+
+def test_a_twin_is_said_to_be_caught_or_not() -> None:
+    ranks = np.random.default_rng(3).random((60, 5))
+    missed = dataclasses.replace(result_of(ranks), model="twin-apart")
+    assert missed.verdict().startswith(
+        "It is NOT caught, as a wrong model should be. Ranks are uni"
+    )
+    ranks[:, 2] = ranks[:, 2] ** 4
+    caught = dataclasses.replace(result_of(ranks), model="twin-noisy")
+    assert caught.verdict().startswith("It is caught")
+    assert "0.02 nats of noise" in caught.text()
+
+
+def test_a_twin_is_not_told_what_rows_share(card: Prior) -> None:
+    layout = [
+        PlannedSlice(family="f", n_active=3e7, n_total=3e7, tokens=d, batch_tokens=131_072.0,
+                     num_lrs=4, repeats=2, trunk="t")
+        for d in (2e9, 4e9)
+    ]  # fmt: skip
+    runs = simulate(card, layout, np.random.default_rng(2)).runs
+    told = calibration.build_design(runs)
+    apart = calibration.build_design(
+        calibration._recorded(runs, "twin-apart", np.random.default_rng(1))
+    )
+    assert (told.num_shared, apart.num_shared) == (8 + 4, 0)
+    np.testing.assert_array_equal(np.sort(told.loss), np.sort(apart.loss))
+
+
+def test_least_squares_is_judged_by_its_lr_alone() -> None:
+    """Its intervals are too narrow: 60 simulated tables tell so."""
+    found = calibrate("moe-default", num_tables=60, num_runs=60, seed=1, model="two-stage")
+    assert found.names == ("LR* near", "LR* far")
+    # A third of 120 optima in the 50 % intervals: 3.7 standard errors below half.
+    assert found.coverage()["all"]["0.5"] < 0.5 - 3 * np.sqrt(0.25 / 120)
+    assert not found.uniform
+    assert "least squares" in found.text()
 
 
 @pytest.mark.calibration
@@ -219,6 +256,6 @@ def test_the_posterior_is_calibrated_and_its_twins_are_not() -> None:
     # 80 targets, two a table and so at worst 40 independent: 4 standard errors.
     assert abs(coverage["0.9"] - 0.9) < 4 * np.sqrt(0.09 / 40)
     assert abs(coverage["0.5"] - 0.5) < 4 * np.sqrt(0.25 / 40)
-    for twin in ("twin-shifted", "twin-noisy"):
+    for twin in ("twin-shifted", "twin-noisy", "twin-apart"):
         wrong = calibrate("moe-default", num_tables=20, num_runs=60, seed=1, model=twin)
         assert not wrong.uniform, wrong.text()

@@ -290,6 +290,13 @@ def calibrate(
     prior: Annotated[str, typer.Option(help="Prior card.")] = "moe-default",
     tables: Annotated[int, typer.Option(min=2, help="Tables to simulate and fit.")] = 20,
     runs: Annotated[int, typer.Option(min=6, help="Runs a table, about.")] = 60,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="valley, two-stage, or a twin that must fail: twin-shifted, twin-noisy, "
+            "twin-apart."
+        ),
+    ] = "valley",
     seed: Annotated[int, typer.Option(help="Seed of the simulation.")] = 1,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="HTML file of plots.")] = None,
     json: JsonOption = False,
@@ -299,8 +306,9 @@ def calibrate(
     from bayeslr.runs.files import json_text, write_atomically
 
     result = run_calibration(
-        prior, num_tables=tables, num_runs=runs, seed=seed, progress=sys.stderr.isatty()
-    )
+        prior, num_tables=tables, num_runs=runs, seed=seed, model=model,
+        progress=sys.stderr.isatty(),
+    )  # fmt: skip
     _echo(json_text(result.document()) if json else result.text())
     if out is not None:
         write_atomically(out, result.html().encode())
