@@ -8,11 +8,13 @@
         -> {"chosen": [index, ...], "reasons": [...], "stop_reason": "...", "regret_now": nats,
             "verdict": "..."}
     {"op": "predict", "runs": [...], "tables": [...], "prior": card, "seed": 1, "targets": [...]}
-        -> {"predictions": [row, ...], "verdict": "..."}
+        -> {"predictions": [row, ...], "verdict": "...", "trustworthy": true}
 
 ``runs`` are rows of the run table, ``tables`` files of them. What went wrong is answered by
 {"error": "..."}; what is no finite number is null. The last posterior is kept: two requests about
-the same runs fit once.
+the same runs fit once. A fit of few draws that fails its gate is made again with all of them, as in
+a sweep; if that fails too, nothing is chosen by it (the error is its verdict), and predictions say
+that they are not trustworthy.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from bayeslr import acquire, predict, sampling
-from bayeslr.errors import BayeslrError, SpecError
+from bayeslr.errors import BayeslrError, SpecError, UntrustworthyFit
 from bayeslr.posterior import Posterior
 from bayeslr.runs import concat, make_table, read_runs
 from bayeslr.runs.files import json_text
@@ -63,7 +65,13 @@ class Server:
         posterior = self._fit(request)
         verdict = str(posterior.info["verdict"])
         if op == "predict":
-            return {"predictions": predict.predict(posterior, targets), "verdict": verdict}
+            return {
+                "predictions": predict.predict(posterior, targets),
+                "verdict": verdict,
+                "trustworthy": posterior.trustworthy,
+            }
+        if not posterior.trustworthy:
+            raise UntrustworthyFit(verdict)
         plan = acquire.choose(
             posterior, candidates, targets, num_runs=num_runs,
             budget_flops=math.inf, seed=choice_seed, only_paying=False,
@@ -91,8 +99,10 @@ class Server:
         table = concat(parts) if len(parts) > 1 else parts[0]
         key = (table.data_hash, prior, seed)
         if self._posterior is None or key != self._key:
-            self._posterior = sampling.fit(table, key[1], seed=key[2], fast=True)
-            self._key = key
+            posterior = sampling.fit(table, prior, seed=seed, fast=True)
+            if not posterior.trustworthy:
+                posterior = sampling.fit(table, prior, seed=seed)
+            self._key, self._posterior = key, posterior
         return self._posterior
 
 

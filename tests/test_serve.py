@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 
 from bayeslr import sampling, serve
+from bayeslr.errors import UntrustworthyFit
 from bayeslr.predict import prior_posterior
 from tests.model_fixtures import run_record
 
@@ -56,6 +58,48 @@ def test_what_is_not_known_is_null_and_small_numbers_stay() -> None:
     (row,) = reply["predictions"]
     assert row["extrapolation"] is None
     assert 0 < row["lr_q05"] < 1e-8
+
+
+def fits(monkeypatch: pytest.MonkeyPatch, good: dict[bool, bool]) -> list[bool]:
+    """The kinds of fit asked for (fast or not), of which those that ``good`` says pass the gate."""
+    asked: list[bool] = []
+
+    def fit(runs: Any, prior: str, *, fast: bool = False, **_: Any) -> Any:
+        asked.append(fast)
+        found = prior_posterior(prior, num_draws=300)
+        told = {"trustworthy": good[fast], "verdict": "good" if good[fast] else "Do not trust it."}
+        return dataclasses.replace(found, info={**found.info, **told})
+
+    monkeypatch.setattr(sampling, "fit", fit)
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("good", "asked"), [({True: True}, [True]), ({True: False, False: True}, [True, False])]
+)
+def test_a_choice_is_made_by_a_fit_that_passed_its_gate(
+    good: dict[bool, bool], asked: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = fits(monkeypatch, good)
+    reply = ask()
+    assert (len(reply["chosen"]), reply["verdict"]) == (1, "good")
+    assert found == asked
+    assert ask(op="predict")["trustworthy"] is True
+
+
+def test_no_choice_is_made_by_a_fit_that_failed_it_and_predictions_say_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = fits(monkeypatch, {True: False, False: False})
+    server = serve.Server()
+    for _ in range(2):
+        with pytest.raises(UntrustworthyFit, match="Do not trust it"):
+            server.answer(REQUEST)
+    reply = server.answer({**REQUEST, "op": "predict"})
+    assert (reply["trustworthy"], reply["verdict"]) == (False, "Do not trust it.")
+    assert len(reply["predictions"]) == 1
+    assert asked == [True, False]  # the same runs are fitted once
+    assert ask() == {"error": "Do not trust it."}
 
 
 @pytest.mark.parametrize(

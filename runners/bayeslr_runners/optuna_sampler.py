@@ -21,6 +21,7 @@ that neither JAX nor PyMC is loaded where the trials are trained.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import json
 import math
@@ -28,12 +29,14 @@ import subprocess
 import sys
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, final
 
 import numpy as np
 import optuna
+from numpy.typing import NDArray
 from optuna.distributions import (
     BaseDistribution,
     CategoricalDistribution,
@@ -42,7 +45,8 @@ from optuna.distributions import (
 )
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.search_space import IntersectionSearchSpace
+from optuna.search_space import intersection_search_space
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bayeslr.errors import SpecError
@@ -58,9 +62,13 @@ OPTIONAL = ("family", "seq_len", "param_convention", "optimizer", "schedule", "p
 _ASSUMED = {"family": "study", "param_convention": "non_embedding"}
 _MAX_CANDIDATES = 5000
 _LEVELS = 5  # of a numeric parameter other than the LR
-_STATES = (TrialState.COMPLETE, TrialState.PRUNED)
+_TRIES = 2  # of a run that failed: the machine may be at fault once
+_STATUS = {TrialState.COMPLETE: "ok", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
 
 Describe = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+
+# Under Optuna's own root, so that optuna.logging.set_verbosity counts.
+_logger = optuna.logging.get_logger(f"optuna.{__name__}")
 
 
 class _Child:
@@ -73,6 +81,10 @@ class _Child:
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Reply of the child. Raises: SpecError with its message."""
+        try:
+            text = json.dumps(request)
+        except TypeError as error:
+            raise SpecError(f"runs and targets must be numbers and texts: {error}") from error
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._process = subprocess.Popen(
@@ -83,11 +95,14 @@ class _Child:
             assert stdin is not None
             assert stdout is not None
             try:
-                stdin.write(json.dumps(request) + "\n")
+                stdin.write(text + "\n")
                 stdin.flush()
                 line = stdout.readline()
             except BrokenPipeError:
                 line = ""
+            except BaseException:  # Ctrl-C: the reply would be read as that to the next request
+                self._process.kill()
+                raise
         if not line:
             raise SpecError(
                 f"the inference process ended ({' '.join(self._command)}); run that command to "
@@ -115,8 +130,15 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
     targets: mappings with the `ATTRIBUTES`. describe: attributes of a run from its parameters.
     num_startup_trials: random ones before the first fit. lr_per_octave: LRs tried a factor of two.
     tables: run tables of earlier work (``bayeslr import optuna old.db -o old.parquet``) to start
-    from. lr: name of the parameter that is the peak LR. Where inference is impossible (no
-    finished run, a broken table) a trial is random and the log says why.
+    from. lr: name of the parameter that is the peak LR, any of Optuna's distributions above 0.
+    Parameters on which nothing that is known of a run depends are drawn at random. A loss that is
+    not finite, returned or reported last, is a diverged run; one that raised says nothing, and is
+    not proposed again once it has failed twice. Where inference is impossible (no finished run, a
+    broken table, a fit that fails its gate) a trial is random; the log and its user attribute
+    ``reason`` say why.
+
+    Raises, from ``study.optimize``: SpecError if the study does not minimise one value, or the LR's
+    range holds what is no LR.
     """
 
     def __init__(
@@ -138,14 +160,15 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
             for i, target in enumerate(targets):
                 if name not in target:
                     raise SpecError(f"targets[{i}] lacks {name}; needed: {', '.join(ATTRIBUTES)}")
-        self._targets = [{"target_id": f"target{i + 1}", **t} for i, t in enumerate(targets)]
+        self._targets = [
+            {"target_id": f"target{i + 1}", **_native(t)} for i, t in enumerate(targets)
+        ]
         self._describe = describe
         self._prior, self._seed, self._lr = prior, seed, lr
         self._num_startup = num_startup_trials
         self._per_octave = lr_per_octave
         self._tables = [str(path) for path in tables]
         self._child = _Child(command)
-        self._space = IntersectionSearchSpace()
 
     def __reduce__(self) -> Any:
         raise TypeError("a ScalingLawSampler holds a process; make one in each worker instead")
@@ -160,31 +183,49 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
-        """Parameters that all trials so far share, without fixed ones."""
-        space = self._space.calculate(study)
-        return {name: d for name, d in sorted(space.items()) if not d.single()}
+        """Parameters that all completed trials share, fixed ones included: `describe` reads them.
+
+        Raises: SpecError if the study does not minimise one value.
+        """
+        _require_loss(study)
+        space: dict[str, BaseDistribution] = intersection_search_space(
+            study.get_trials(deepcopy=False)
+        )
+        return space
 
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """Parameters of the run that tells most; empty (random) before there is anything to fit."""
-        if self._lr not in search_space:
+        """Parameters of the run that tells most; empty (random) before there is anything to fit.
+
+        Raises: SpecError if the LR's range holds what is no LR.
+        """
+        if not search_space:
             return {}
+        if self._lr in search_space:
+            _require_lrs(self._lr, search_space[self._lr])
         trials = study.get_trials(deepcopy=False)
-        finished = [t for t in trials if t.state in _STATES]
-        if len(finished) < self._num_startup and not self._tables:
+        told = [t for t in trials if t.state.is_finished() and _status(t) != "failed"]
+        if len(told) < self._num_startup and not self._tables:
             return {}
         try:
-            return self._choose(study, trial, search_space, trials)
+            params, reason = self._choose(study, trial, search_space, trials)
         except SpecError as error:
-            optuna.logging.get_logger(__name__).warning(f"trial {trial.number} is random: {error}")
-            return {}
+            _logger.warning(f"trial {trial.number} is random: {error}")
+            params, reason = {}, f"drawn at random: {error}"
+        study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
+        return params
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str,
         param_distribution: BaseDistribution,
     ) -> Any:  # fmt: skip
-        """A random value, the same for the same (seed, trial number, parameter)."""
+        """A random value, the same for the same (seed, trial number, parameter).
+
+        Raises: SpecError if the LR's range holds what is no LR.
+        """
+        if param_name == self._lr:
+            _require_lrs(param_name, param_distribution)
         rng = self._rng(trial.number, param_name)
         if isinstance(param_distribution, CategoricalDistribution):
             return param_distribution.choices[int(rng.integers(len(param_distribution.choices)))]
@@ -195,21 +236,36 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         self, study: optuna.Study, trial: FrozenTrial, state: TrialState,
         values: Sequence[float] | None,
     ) -> None:  # fmt: skip
-        """Write what a run was taken for into its user attributes, for whoever reads the study
-        without ``describe`` (``bayeslr import optuna``).
+        """Write what a run was taken for into its user attributes, and that it diverged, for
+        whoever reads the study without ``describe`` (``bayeslr import optuna``).
         """
         if self._lr not in trial.params:
             return
-        for name, value in (_ASSUMED | self._known(trial.params)).items():
+        noted: dict[str, Any] = dict(_ASSUMED)
+        # A run that broke early may lack what describe asks for; its own error is told, not this.
+        with contextlib.suppress(SpecError):
+            noted |= self._known(trial.params)
+        value = values[0] if values else _returned()
+        if _ending(trial, state, value) == "diverged":
+            noted["status"] = "diverged"
+        for name, value in noted.items():
             if name not in trial.user_attrs and name not in trial.params:
                 study._storage.set_trial_user_attr(trial._trial_id, name, value)
 
     def predict(self, study: optuna.Study) -> list[dict[str, Any]]:
-        """Predictions table of the targets from the study's runs. Raises: SpecError."""
-        trials = study.get_trials(deepcopy=False)
-        reply = self._child.ask({"op": "predict", **self._request(trials)})
-        found: list[dict[str, Any]] = reply["predictions"]
-        return found
+        """Predictions table of the targets from the study's runs.
+
+        Each row says by ``trustworthy`` and ``verdict`` whether the fit passed its gate; where it
+        did not, the log warns. Raises: SpecError.
+        """
+        _require_loss(study)
+        reply = self._child.ask(
+            {"op": "predict", **self._request(study.get_trials(deepcopy=False))}
+        )
+        told = {name: reply[name] for name in ("trustworthy", "verdict")}
+        if not told["trustworthy"]:
+            _logger.warning(f"this prediction is not to be relied on. {told['verdict']}")
+        return [{**row, **told} for row in reply["predictions"]]
 
     # --------------------------------------------------------------------------- inside
 
@@ -219,33 +275,59 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
 
     def _choose(self, study: optuna.Study, trial: FrozenTrial,
                 space: Mapping[str, BaseDistribution],
-                trials: Sequence[FrozenTrial]) -> dict[str, Any]:  # fmt: skip
-        made = {self._key(t.params, space) for t in trials if t.state != TrialState.FAIL}
+                trials: Sequence[FrozenTrial]) -> tuple[dict[str, Any], str]:  # fmt: skip
+        """Parameters of the run that tells most, and why it does. Raises: SpecError."""
+        if self._lr not in space:
+            raise SpecError(
+                f"the trials so far share no parameter {self._lr!r} of one range, but "
+                f"{', '.join(space)}; ScalingLawSampler(lr=...) says which is the peak LR"
+            )
+        made = self._made(trials, space)
         options = [p for p in self._grid(space, trial.number) if self._key(p, space) not in made]
         if not options:
             raise SpecError("every run of the space has been made; widen it")
         agreed = _agreed(trials)
-        specs = [self._spec(params, {**agreed, **self._known(params)}) for params in options]
+        # Options that are one run to the law differ in parameters that it does not know: one of
+        # them is drawn.
+        runs: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+        for i in self._rng(trial.number, "order").permutation(len(options)):
+            spec = self._spec(options[i], {**agreed, **self._known(options[i])})
+            runs.setdefault(json.dumps(spec), (options[i], spec))
+        pairs = [runs[text] for text in sorted(runs)]
         # Runs that others are making now: what they will tell is expected, not told twice.
         waiting = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
         reply = self._child.ask(
             {
                 "op": "choose", **self._request(trials),
-                "candidates": specs,
-                "flops": [train_flops(s["n_active"], s["tokens"]) for s in specs],
+                "candidates": [spec for _, spec in pairs],
+                "flops": [train_flops(spec["n_active"], spec["tokens"]) for _, spec in pairs],
                 "num_runs": waiting + 1,
                 "choice_seed": int(self._rng(trial.number).integers(2**31)),
             }
         )  # fmt: skip
-        if not reply["chosen"]:
-            raise SpecError("no run of the space would tell anything about the targets")
-        reason = str(reply["reasons"][-1])
-        study._storage.set_trial_user_attr(trial._trial_id, "reason", reason)
-        return dict(options[reply["chosen"][-1]])
+        # What others have begun since then, knowing other runs, may be among the chosen.
+        made = self._made(study.get_trials(deepcopy=False), space)
+        for place, reason in zip(
+            reversed(reply["chosen"]), reversed(reply["reasons"]), strict=True
+        ):
+            params = pairs[place][0]
+            if self._key(params, space) not in made:
+                return params, str(reason)
+        raise SpecError("no run of the space would tell anything about the targets")
+
+    def _made(
+        self, trials: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution]
+    ) -> set[str]:
+        """Keys of the runs that need no proposal: made, under way, or failed often enough."""
+        tries = Counter(
+            self._key(t.params, space) for t in trials if _status(t) == "failed"
+        )  # fmt: skip
+        made = {self._key(t.params, space) for t in trials if _status(t) != "failed"}
+        return made | {key for key, number in tries.items() if number >= _TRIES}
 
     def _request(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         agreed = _agreed(trials)
-        rows = [self._row(t, agreed) for t in trials if t.state in _STATES]
+        rows = [self._row(t, agreed) for t in trials if t.state.is_finished()]
         family = next((r["family"] for r in rows if r is not None), "study")
         return {
             "runs": [row for row in rows if row is not None],
@@ -256,29 +338,35 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         }
 
     def _known(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """What parameters say of a run. Raises: SpecError if ``describe`` does."""
         known = {k: params[k] for k in (*ATTRIBUTES, *OPTIONAL) if k in params}
-        return known | dict(self._describe(params) if self._describe is not None else {})
+        return _native(known | _described(self._describe, params))
 
     def _row(self, trial: FrozenTrial, agreed: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Row of the run table; None for a pruned trial that did not diverge."""
+        """Row of the run table; None for a run that failed or was pruned without diverging."""
+        status = _status(trial)
+        if trial.state != TrialState.COMPLETE and status != "diverged":
+            return None
+        where = f"trial {trial.number}"
+        lr = trial.params.get(self._lr)
+        if not _positive(lr):
+            raise SpecError(
+                f"{where} has {lr!r} for the peak LR {self._lr!r}, which must be a number > 0; "
+                "ScalingLawSampler(lr=...) says which parameter it is"
+            )
         own = {k: v for k, v in trial.user_attrs.items() if k in (*ATTRIBUTES, *OPTIONAL)}
-        known = {**agreed, **self._known(trial.params), **own}
-        self._require(known, f"trial {trial.number}")
-        step = trial.last_step
-        last = None if step is None else trial.intermediate_values[step]
-        status = known.pop("status", None)
-        if trial.state == TrialState.PRUNED:
-            if status != "diverged" and (last is None or math.isfinite(last)):
-                return None
-            status = "diverged"
+        # Attributes of the trial suffice, whatever becomes of describe.
+        given = {} if own.keys() >= set(ATTRIBUTES) else self._known(trial.params)
+        known = {**agreed, **given, **_native(own)}
+        self._require(known, where)
         return {
             **_ASSUMED,
             **known,
             "run_id": f"trial-{trial.number}",
             "planned_tokens": known["tokens"],
-            "lr": trial.params[self._lr],
-            "loss": trial.value if trial.state == TrialState.COMPLETE else None,
-            "status": status or "ok",
+            "lr": lr,
+            "loss": None if status == "diverged" else trial.value,
+            "status": status,
             "source": "optuna",
         }  # fmt: skip
 
@@ -296,10 +384,11 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
 
     def _require(self, known: Mapping[str, Any], where: str) -> None:
         for name in ATTRIBUTES:
-            if not isinstance(known.get(name), int | float):
+            if not _positive(known.get(name)):
+                found = f"has {known[name]!r} for" if known.get(name) is not None else "lacks"
                 raise SpecError(
-                    f"{where} lacks {name} (a number); set it as a user attribute of the trial, "
-                    "return it from describe, or make it a parameter"
+                    f"{where} {found} {name} (a number > 0); set it as a user attribute of the "
+                    "trial, return it from describe, or make it a parameter"
                 )
 
     def _key(self, params: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> str:
@@ -310,45 +399,135 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         return json.dumps(shown, sort_keys=True, default=str)
 
     def _grid(self, space: Mapping[str, BaseDistribution], number: int) -> list[dict[str, Any]]:
-        axes: list[list[Any]] = []
+        """Runs to choose from: all of a grid, or as many drawn from it as are looked at."""
+        axes: dict[str, list[Any]] = {}
         for name, distribution in space.items():
-            if name == self._lr:
-                assert isinstance(distribution, FloatDistribution)
+            if name == self._lr and not isinstance(distribution, CategoricalDistribution):
                 octaves = math.log2(distribution.high / distribution.low)
                 size = max(2, round(octaves * self._per_octave) + 1)
                 lrs = np.geomspace(distribution.low, distribution.high, size)
-                axes.append(np.clip(lrs, distribution.low, distribution.high).tolist())
+                axes[name] = _allowed(lrs, distribution)
             else:
-                axes.append(_levels(distribution, _LEVELS))
-        total = math.prod(len(axis) for axis in axes)
-        points = [dict(zip(space, values, strict=True)) for values in itertools.product(*axes)]
-        if total > _MAX_CANDIDATES:
-            kept = self._rng(number, "grid").choice(total, _MAX_CANDIDATES, replace=False)
-            points = [points[i] for i in sorted(kept)]
-        return points
+                axes[name] = _levels(distribution, _LEVELS)
+        if math.prod(len(axis) for axis in axes.values()) <= _MAX_CANDIDATES:
+            return [
+                dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())
+            ]
+        rng = self._rng(number, "grid")
+        drawn = {n: rng.integers(len(axis), size=_MAX_CANDIDATES) for n, axis in axes.items()}
+        return [{n: axis[drawn[n][i]] for n, axis in axes.items()} for i in range(_MAX_CANDIDATES)]
+
+
+def _status(trial: FrozenTrial) -> str | None:
+    """How a trial ended, in its own words if it has any; None if it has not."""
+    if not trial.state.is_finished():
+        return None
+    value = trial.value if trial.state == TrialState.COMPLETE else None
+    return str(trial.user_attrs.get("status") or _ending(trial, trial.state, value))
+
+
+def _ending(trial: FrozenTrial, state: TrialState, value: float | None) -> str:
+    """``ok``, ``diverged``, ``pruned`` or ``failed``. value: what was returned, if anything.
+
+    A loss that is not finite is divergence, whatever Optuna makes of it: COMPLETE of infinity, FAIL
+    of NaN, PRUNED where a pruner sees it first.
+    """
+    if value is None and trial.last_step is not None:
+        value = trial.intermediate_values[trial.last_step]
+    return "diverged" if value is not None and not math.isfinite(value) else _STATUS[state]
+
+
+def _returned() -> float | None:
+    """What the objective of the trial that ends now returned; None if it raised, or that is hidden.
+
+    Optuna keeps a returned NaN from its samplers, storages and callbacks alike (the trial is FAIL,
+    as if it had raised), so it is read off the function that calls the sampler.
+    """
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name != "_tell_with_warning":
+        frame = frame.f_back
+    try:
+        return float(frame.f_locals["value_or_values"]) if frame is not None else None
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _require_loss(study: optuna.Study) -> None:
+    if study.directions != [StudyDirection.MINIMIZE]:
+        told = ", ".join(direction.name.lower() for direction in study.directions)
+        raise SpecError(
+            f"the study must minimise one value, the loss in nats per token, but its direction is "
+            f"{told}; optuna.create_study(direction='minimize')"
+        )
+
+
+def _require_lrs(name: str, distribution: BaseDistribution) -> None:
+    """Raises: SpecError if a value of the distribution is no LR."""
+    if isinstance(distribution, CategoricalDistribution):
+        values, what = distribution.choices, "choices"
+    else:
+        values, what = (distribution.low, distribution.high), "range"
+    for value in values:
+        if not (_positive(value) and value < 10):
+            raise SpecError(
+                f"{name} must be a number above 0 and below 10, the peak LR itself and not its "
+                f"logarithm, but its {what} has {value!r}; "
+                f"trial.suggest_float({name!r}, 1e-5, 1e-1, log=True)"
+            )
+
+
+def _positive(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value) and value > 0
+
+
+def _native(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with NumPy's numbers as Python's, which JSON takes."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in values.items()}
+
+
+def _described(describe: Describe | None, params: Mapping[str, Any]) -> dict[str, Any]:
+    """What the user's function says of a run. Raises: SpecError if it raises."""
+    if describe is None:
+        return {}
+    try:
+        return dict(describe(params))
+    except Exception as error:
+        raise SpecError(
+            f"describe({dict(params)}) came to {type(error).__name__}: {error}; it is given the "
+            "parameters that all trials share, and must return a mapping of what is known"
+        ) from error
 
 
 def _agreed(trials: Sequence[FrozenTrial]) -> dict[str, Any]:
     """User attributes that have one value in all trials that have them."""
-    values: dict[str, set[Any]] = {}
+    values: dict[str, list[Any]] = {}
     for trial in trials:
         for name in (*ATTRIBUTES, *OPTIONAL):
             if name != "status" and name in trial.user_attrs:
-                values.setdefault(name, set()).add(trial.user_attrs[name])
-    return {name: next(iter(found)) for name, found in values.items() if len(found) == 1}
+                found = values.setdefault(name, [])
+                if trial.user_attrs[name] not in found:
+                    found.append(trial.user_attrs[name])
+    return _native({name: found[0] for name, found in values.items() if len(found) == 1})
 
 
 def _levels(distribution: BaseDistribution, size: int) -> list[Any]:
     """Values of a parameter, evenly spaced (in the log where the parameter is)."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    assert isinstance(distribution, FloatDistribution | IntDistribution)
-    low, high = float(distribution.low), float(distribution.high)
-    values = np.geomspace(low, high, size) if distribution.log else np.linspace(low, high, size)
-    if distribution.step is not None:
-        values = low + np.round((values - low) / distribution.step) * distribution.step
+    space = np.geomspace if distribution.log else np.linspace
+    return _allowed(space(distribution.low, distribution.high, size), distribution)
+
+
+def _allowed(
+    values: NDArray[np.float64], distribution: FloatDistribution | IntDistribution
+) -> list[Any]:
+    """Nearest values of the distribution, each once."""
+    low, step = distribution.low, distribution.step
+    if step is not None:
+        values = low + np.round((values - low) / step) * step
+    inside = np.clip(values, low, distribution.high).tolist()
     whole = isinstance(distribution, IntDistribution)
-    inside = np.clip(values, low, high).tolist()
     return list(dict.fromkeys(round(v) if whole else v for v in inside))
 
 
@@ -372,7 +551,11 @@ class ValleyPruner(BasePruner):  # type: ignore[misc]
         self._lr, self._describe = lr, describe
 
     def prune(self, study: optuna.Study, trial: FrozenTrial) -> bool:
-        """Whether the trial should stop at its last reported step."""
+        """Whether the trial should stop at its last reported step.
+
+        Raises: SpecError if the study does not minimise one value.
+        """
+        _require_loss(study)
         step = trial.last_step
         if step is None or self._lr not in trial.params:
             return False
@@ -399,8 +582,5 @@ class ValleyPruner(BasePruner):  # type: ignore[misc]
         return any(best < other < lr or lr < other < best for other in seen)
 
     def _slice(self, trial: FrozenTrial) -> tuple[Any, ...]:
-        known = dict(trial.params)
-        if self._describe is not None:
-            known |= self._describe(trial.params)
-        known |= trial.user_attrs
+        known = {**trial.params, **_described(self._describe, trial.params), **trial.user_attrs}
         return tuple(known.get(name) for name in ATTRIBUTES)

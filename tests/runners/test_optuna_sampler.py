@@ -11,8 +11,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from bayeslr.errors import SpecError
@@ -27,7 +30,8 @@ for line in sys.stdin:
     r = json.loads(line)
     if r["op"] == "predict":
         print(json.dumps({"predictions": [{"target_id": t["target_id"], "lr": 1e-3}
-                                          for t in r["targets"]], "verdict": ""}), flush=True)
+                                          for t in r["targets"]],
+                          "verdict": "fine", "trustworthy": True}), flush=True)
         continue
     top = max(c["n_active"] for c in r["candidates"])
     big = [i for i, c in enumerate(r["candidates"]) if c["n_active"] == top]
@@ -118,7 +122,7 @@ def test_user_attributes_say_what_a_run_was() -> None:
     class Child:
         def ask(self, request: Any) -> dict[str, Any]:
             sent.append(request)
-            return {"predictions": []}
+            return {"predictions": [], "verdict": "", "trustworthy": True}
 
     made = sampler(describe=None)
     made._child = Child()  # type: ignore[assignment]
@@ -153,6 +157,299 @@ def test_a_study_can_be_imported_by_what_its_runs_were_taken_for(tmp_path: Path)
     for trial, row in zip(s.trials, table.frame.to_dict("records"), strict=True):
         wanted = {"lr": trial.params["lr"], "loss": trial.value, **describe(trial.params)}
         assert {name: row[name] for name in wanted} == pytest.approx(wanted)
+
+
+STORAGES = {
+    "memory": lambda path: None,
+    "sqlite": lambda path: f"sqlite:///{path}",
+    "journal": lambda path: JournalStorage(JournalFileBackend(str(path))),
+}
+SPACE = {"lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
+
+
+def rows(made: ScalingLawSampler, s: optuna.Study) -> list[dict[str, Any]]:
+    """Rows of the run table that the child would get."""
+    found: list[dict[str, Any]] = made._request(s.get_trials())["runs"]
+    return found
+
+
+def one_model(params: Any) -> dict[str, float]:
+    return {"n_active": 1e6, "n_total": 1e6, "tokens": 2e7, "batch_tokens": 4096}
+
+
+def lr_of(trial: optuna.Trial) -> float:
+    return trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+
+
+def good(trial: optuna.Trial) -> float:
+    return 2 + 0.02 * math.log(lr_of(trial) / 1e-2) ** 2
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_loss_that_is_not_finite_is_a_diverged_run_and_not_proposed_again(
+    storage: str, loss: float, tmp_path: Path
+) -> None:
+    made = sampler(describe=one_model, num_startup_trials=2)
+    s = study(STORAGES[storage](tmp_path / "s"), made)
+    s.optimize(lambda t: good(t) if t.number < 2 else lr_of(t) * loss, n_trials=6)
+    assert [t.user_attrs.get("status") for t in s.trials] == [None] * 2 + ["diverged"] * 4
+    assert len({p["lr"] for p in params(s)}) == 6
+    assert [(r["status"], r["loss"]) for r in rows(made, s)[2:]] == [("diverged", None)] * 4
+    assert s.trials[5].user_attrs["reason"] == "after 5"
+    made.close()
+
+
+@pytest.mark.parametrize("storage", ["sqlite", "journal"])
+def test_the_importer_counts_what_diverged_as_the_sampler_does(
+    storage: str, tmp_path: Path
+) -> None:
+    from bayeslr.importers import optuna as importer
+
+    made = sampler(describe=one_model)
+    s = study(STORAGES[storage](tmp_path / "s"), made)
+
+    def mixed(trial: optuna.Trial) -> float:
+        lr = lr_of(trial)
+        if trial.number == 1:
+            raise RuntimeError("out of memory")
+        if trial.number == 2:
+            trial.report(math.nan, step=1)
+            raise optuna.TrialPruned
+        return {3: math.nan, 4: math.inf}.get(trial.number, 2 + lr)
+
+    s.optimize(mixed, n_trials=5, catch=(RuntimeError,))
+    table = importer.read(tmp_path / "s")
+    statuses = ["ok", "failed", "diverged", "diverged", "diverged"]
+    assert table.frame["status"].tolist() == statuses
+    assert [r["status"] for r in rows(made, s)] == [n for n in statuses if n != "failed"]
+
+
+def test_another_process_sees_what_diverged(tmp_path: Path, root: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    made = sampler(describe=one_model)
+    s = study(url, made)
+    code = (
+        "from math import nan\n"
+        "from tests.runners.test_optuna_sampler import lr_of, one_model, sampler, study\n"
+        f"s = study({url!r}, sampler(describe=one_model))\n"
+        "s.optimize(lambda trial: nan * lr_of(trial), n_trials=2)\n"
+    )
+    for worker in [subprocess.Popen([sys.executable, "-c", code], cwd=root) for _ in range(2)]:
+        assert worker.wait() == 0
+    assert [r["status"] for r in rows(made, s)] == ["diverged"] * 4
+
+
+def test_the_sampler_within_another_still_sees_what_was_returned() -> None:
+    made = sampler(describe=one_model)
+    with pytest.warns(optuna.exceptions.ExperimentalWarning):
+        outer = optuna.samplers.PartialFixedSampler({"lr": 1e-3}, made)
+    s = optuna.create_study(sampler=outer)
+    s.optimize(lambda t: lr_of(t) * math.nan, n_trials=1)
+    assert s.trials[0].user_attrs["status"] == "diverged"
+
+
+def test_ask_and_tell_know_divergence_too() -> None:
+    made = sampler(describe=one_model)
+    s = optuna.create_study(sampler=made)
+    first, second, third = s.ask(SPACE), s.ask(SPACE), s.ask(SPACE)
+    with pytest.warns(UserWarning, match="nan is not acceptable"):
+        s.tell(first, math.nan)
+    s.tell(second, state=TrialState.FAIL)
+    third.report(math.inf, step=1)
+    s.tell(third, state=TrialState.FAIL)
+    assert [r["run_id"] for r in rows(made, s)] == ["trial-0", "trial-2"]
+    made.close()
+
+
+def test_a_run_that_raises_is_tried_twice_and_says_nothing_of_its_lr() -> None:
+    made = sampler(describe=one_model, num_startup_trials=1)
+    s = optuna.create_study(sampler=made)
+
+    def broken(trial: optuna.Trial) -> float:
+        lr = trial.suggest_categorical("lr", [1e-3, 2e-3, 4e-3])
+        if trial.number:
+            raise RuntimeError("out of memory")
+        return 2 + lr
+
+    s.optimize(broken, n_trials=6, catch=(RuntimeError,))
+    reasons = [t.user_attrs["reason"] for t in s.trials[1:]]
+    assert reasons[:4] == ["after 1"] * 4
+    assert reasons[4] == "drawn at random: every run of the space has been made; widen it"
+    assert len(rows(made, s)) == 1
+    made.close()
+
+
+def test_the_error_of_a_run_that_breaks_early_is_the_one_that_is_told() -> None:
+    """Before the parameters that describe needs."""
+    s = optuna.create_study(sampler=sampler())
+
+    def broken(trial: optuna.Trial) -> float:
+        lr_of(trial)
+        raise RuntimeError("my own")
+
+    with pytest.raises(RuntimeError, match="my own"):
+        s.optimize(broken, n_trials=1)
+
+
+LRS = {
+    "choices": lambda t: t.suggest_categorical("lr", [1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2]),
+    "step": lambda t: t.suggest_float("lr", 5e-4, 1.61e-2, step=3e-4),
+    "linear": lambda t: t.suggest_float("lr", 1e-4, 1e-2),
+    "whole": lambda t: t.suggest_int("lr", 1, 9),
+    "log": lr_of,
+}
+
+
+@pytest.mark.parametrize("kind", LRS)
+def test_every_distribution_of_the_lr_is_proposed_from(kind: str) -> None:
+    """What is not among its values Optuna would replace by a random one."""
+    made = sampler(describe=one_model, num_startup_trials=1)
+    asked: list[tuple[Any, Any]] = []
+
+    def ask(trial: optuna.Trial) -> float:
+        lr = LRS[kind](trial)
+        asked.append((trial.relative_params.get("lr"), lr))
+        return float(2 + lr)
+
+    optuna.create_study(sampler=made).optimize(ask, n_trials=5)
+    assert all(proposed == lr for proposed, lr in asked[1:])
+    assert len({lr for _, lr in asked[1:]}) == 4
+    made.close()
+
+
+@pytest.mark.parametrize(
+    ("suggest", "found"),
+    [
+        (lambda t: t.suggest_float("lr", 0.0, 1e-2), "its range has 0.0"),
+        (lambda t: t.suggest_float("lr", -10, -2), "its range has -10.0"),
+        (lambda t: t.suggest_int("lr", 1, 64), "its range has 64"),
+        (lambda t: t.suggest_categorical("lr", ["1e-3", "2e-3"]), "its choices has '1e-3'"),
+        (lambda t: t.suggest_categorical("lr", [1e-3, None]), "its choices has None"),
+    ],
+)
+def test_what_is_no_lr_is_told_before_anything_is_trained(suggest: Any, found: str) -> None:
+    s = optuna.create_study(sampler=sampler())
+    with pytest.raises(SpecError, match=rf"lr must be .*{re.escape(found)}.*suggest_float\('lr'"):
+        s.optimize(suggest, n_trials=1)
+
+
+@pytest.mark.parametrize("directions", [["maximize"], ["minimize", "minimize"]])
+def test_a_study_of_anything_but_one_loss_is_refused(directions: list[str]) -> None:
+    made = sampler(describe=one_model)
+    s = optuna.create_study(sampler=made, directions=directions)
+    told = f"must minimise one value.* direction is {', '.join(directions)}"
+    with pytest.raises(SpecError, match=told):
+        s.optimize(good, n_trials=1)
+    with pytest.raises(SpecError, match=told):
+        made.predict(s)
+    with pytest.raises(SpecError, match=told):
+        ValleyPruner().prune(s, s.trials[0])
+
+
+def test_fixed_parameters_are_described_and_unknown_ones_drawn() -> None:
+    made = sampler(num_startup_trials=1)
+    s = optuna.create_study(sampler=made)
+
+    def ask(trial: optuna.Trial) -> float:
+        trial.suggest_categorical("n_active", [1e6])
+        trial.suggest_float("dropout", 0.0, 0.4)
+        return good(trial)
+
+    s.optimize(ask, n_trials=12)
+    assert all(t.user_attrs["reason"].startswith("after") for t in s.trials[1:])
+    assert len({p["dropout"] for p in params(s)[1:]}) > 2
+    made.close()
+
+
+def test_a_space_too_large_to_list_is_drawn_from() -> None:
+    made = sampler(describe=one_model, num_startup_trials=1)
+    s = optuna.create_study(sampler=made)
+
+    def ask(trial: optuna.Trial) -> float:
+        for i in range(40):
+            trial.suggest_float(f"x{i}", 0.0, 1.0)
+        return good(trial)
+
+    s.optimize(ask, n_trials=2)
+    assert s.trials[1].user_attrs["reason"] == "after 1"
+    made.close()
+
+
+NUMBERS = one_model({})
+
+
+@pytest.mark.parametrize(
+    ("describe", "lr", "why"),
+    [
+        (lambda p: {**NUMBERS, "tokens": math.nan}, "lr", "nan for tokens"),
+        (lambda p: {**NUMBERS, "batch_tokens": "64K"}, "lr", "'64K' for batch_tokens"),
+        (lambda p: {**NUMBERS, "tokens": p["steps"]}, "lr", "KeyError: 'steps'"),
+        (lambda p: None, "lr", "TypeError: 'NoneType'"),
+        (one_model, "learning_rate", "share no parameter 'learning_rate'"),
+    ],
+)
+def test_what_is_wrong_with_a_description_is_told_and_the_trial_is_random(
+    describe: Any, lr: str, why: str
+) -> None:
+    made = sampler(describe=describe, lr=lr, num_startup_trials=1)
+    s = optuna.create_study(sampler=made)
+    s.optimize(good, n_trials=2)
+    assert s.trials[1].user_attrs["reason"].startswith("drawn at random: ")
+    assert why in s.trials[1].user_attrs["reason"]
+    with pytest.raises(SpecError, match=r"for tokens|batch_tokens|describe|peak LR"):
+        made.predict(s)
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    made = sampler(
+        describe=lambda p: {k: np.int64(v) for k, v in one_model(p).items()}, num_startup_trials=1
+    )
+    s = optuna.create_study(sampler=made)
+    s.optimize(good, n_trials=2)
+    assert s.trials[1].user_attrs["reason"] == "after 1"
+    made.close()
+
+
+def test_threads_do_not_make_a_run_twice() -> None:
+    made = sampler(describe=one_model, num_startup_trials=1)
+    s = optuna.create_study(sampler=made)
+    s.optimize(good, n_trials=1)
+    s.optimize(good, n_trials=8, n_jobs=2)
+    assert len({p["lr"] for p in params(s)}) == 9
+    made.close()
+
+
+def test_enqueued_runs_are_made_and_counted() -> None:
+    made = sampler(describe=one_model, num_startup_trials=2)
+    s = optuna.create_study(sampler=made)
+    for lr in (2e-3, 3e-3):
+        s.enqueue_trial({"lr": lr})
+    s.optimize(good, n_trials=3)
+    assert [p["lr"] for p in params(s)[:2]] == [2e-3, 3e-3]
+    assert s.trials[2].user_attrs["reason"] == "after 2"
+    made.close()
+
+
+def test_a_sampler_serves_one_study_after_another() -> None:
+    made = sampler(describe=one_model, num_startup_trials=1)
+    for low in (1e-4, 1e-5):
+        s = optuna.create_study(sampler=made)
+        s.optimize(lambda t, low=low: t.suggest_float("lr", low, 1e-2, log=True), n_trials=2)
+        assert s.trials[1].user_attrs["reason"] == "after 1"
+    made.close()
+
+
+def test_a_prediction_by_a_fit_that_failed_its_gate_says_so(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    doubted = {"predictions": [{"lr": 1e-3}], "trustworthy": False, "verdict": "Do not trust it."}
+    made = sampler(describe=one_model)
+    monkeypatch.setattr(made._child, "ask", lambda request: doubted)
+    s = optuna.create_study(sampler=made)
+    (row,) = made.predict(s)
+    assert (row["lr"], row["trustworthy"], row["verdict"]) == (1e-3, False, "Do not trust it.")
+    assert caplog.messages == ["this prediction is not to be relied on. Do not trust it."]
 
 
 def test_what_is_not_known_of_a_run_is_asked_for() -> None:
