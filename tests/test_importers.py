@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import importlib
+import json
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 
 from bayeslr import importers
 from bayeslr.errors import DataError, SpecError, StorageError
-from bayeslr.importers import csv, mlflow, optuna, steplaw, tensorboard, wandb
+from bayeslr.importers import csv, mlflow, optuna, optuna_storages, steplaw, tensorboard, wandb
 from bayeslr.importers.mapping import Source, guess, look_names, parse_constants, parse_mapping
 
 
@@ -371,11 +373,22 @@ def test_optuna_several_objectives_need_a_choice(tmp_path: Path) -> None:
     assert column(table, "loss") == [3.0]
 
 
-def test_optuna_storage(tmp_path: Path) -> None:
+def optuna_url(kind: str, path: Path) -> tuple[Any, str]:
+    """A storage for Optuna at a path, and the URL of its file."""
     real = pytest.importorskip("optuna", reason="needs Optuna to make a storage")
     real.logging.set_verbosity(real.logging.ERROR)
+    if kind == "sqlite":
+        return f"sqlite:///{path}", f"sqlite:///{path}"
+    backend = real.storages.journal.JournalFileBackend(str(path))
+    return real.storages.JournalStorage(backend), f"journal://{path}"
+
+
+@pytest.mark.parametrize("kind", ["sqlite", "journal"])
+def test_optuna_storage(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "study.db"
-    study = real.create_study(storage=f"sqlite:///{path}", study_name="one")
+    storage, url = optuna_url(kind, path)
+    real = pytest.importorskip("optuna")
+    study = real.create_study(storage=storage, study_name="one")
     space = {
         "lr": real.distributions.FloatDistribution(1e-4, 1e-1, log=True),
         "optimizer": real.distributions.CategoricalDistribution(["adamw", "muon"]),
@@ -387,16 +400,76 @@ def test_optuna_storage(tmp_path: Path) -> None:
                 params=params, distributions=space, value=value, user_attrs={"tokens": 2e9}
             )
         )
-    table = optuna.read(f"sqlite:///{path}", family="f", constants=SETTINGS)
+    table = optuna.read(url, family="f", constants=SETTINGS)
     assert column(table, "lr") == [1e-3, 9e-3]
+    assert column(table, "loss") == [3.0, None]
     assert column(table, "optimizer") == ["muon", "muon"]
     assert column(table, "status") == ["ok", "diverged"]
-    real.create_study(storage=f"sqlite:///{path}", study_name="two")
+    real.create_study(storage=storage, study_name="two")
     with pytest.raises(DataError, match="has 2 studies; name one with --study: 'one', 'two'"):
         optuna.read(path, constants=SETTINGS)
     assert len(optuna.read(path, constants=SETTINGS, study="one")) == 2
     with pytest.raises(DataError, match="a study without trials"):
         optuna.read(path, constants=SETTINGS, study="two")
+
+
+def test_a_journal_is_read_as_optuna_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    storage, _ = optuna_url("journal", path)
+    real = pytest.importorskip("optuna")
+    real.create_study(storage=storage, study_name="gone").ask().suggest_float("lr", 1e-4, 1e-1)
+    real.delete_study(storage=storage, study_name="gone")
+    study = real.create_study(storage=storage, study_name="here", directions=["minimize"] * 2)
+    study.enqueue_trial({"lr": 1e-3}, user_attrs={"tokens": 2e9})
+    study.enqueue_trial({"lr": 2e-3})
+    ended, open_ = study.ask(), study.ask()
+    for trial in (ended, open_):
+        trial.suggest_float("lr", 1e-4, 1e-1, log=True)
+        trial.suggest_categorical("optimizer", ["adamw", "muon"])
+        trial.set_user_attr("shape", {"d_model": 64})
+    study.tell(ended, [3.0, math.inf])
+    study.enqueue_trial({"lr": 4e-3})
+    late = json.dumps({"op_code": 8, "worker_id": "x", "trial_id": 1, "user_attr": {"late": 1}})
+    with path.open("a", encoding="utf-8") as file:
+        file.write(late + "\n")  # by another process, after the trial had ended
+        file.write(late[:20])  # the line that is being written
+    mine = optuna_storages.read_trials(path, None)
+    path.write_bytes(path.read_bytes()[:-20])
+    trials = study.get_trials()
+    assert [t["state"] for t in mine] == [t.state.name for t in trials]
+    assert [t["state"] for t in mine] == ["COMPLETE", "RUNNING", "WAITING"]
+    for found, trial in zip(mine, trials, strict=True):
+        told = {f"params_{name}": value for name, value in trial.params.items()}
+        told |= {f"user_attrs_{name}": value for name, value in trial.user_attrs.items()}
+        told |= {f"values_{i}": value for i, value in enumerate(trial.values or [])}
+        told |= {"number": trial.number, "state": trial.state.name}
+        if trial.datetime_complete:
+            told["duration"] = trial.datetime_complete - trial.datetime_start
+        assert found.pop("datetime_start") == (
+            str(trial.datetime_start) if trial.datetime_start else None
+        )
+        assert found == told
+
+
+def test_a_journal_that_was_cut_or_edited(tmp_path: Path) -> None:
+    path = tmp_path / "study.journal"
+    storage, _ = optuna_url("journal", path)
+    pytest.importorskip("optuna").create_study(storage=storage).ask()
+    whole = path.read_text(encoding="utf-8")
+    write(path, whole + '{"op_code": 4}\n')
+    with pytest.raises(StorageError, match=r"line 3 is no entry .*KeyError: 'study_id'.*as CSV"):
+        optuna.read(path)
+    write(path, whole + '"op_code"\n')
+    with pytest.raises(StorageError, match="line 3 is no entry"):
+        optuna.read(path)
+
+
+def test_optuna_storages_that_are_no_files(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="not from postgresql; export") as told:
+        optuna.read("postgresql://me:secret@host/db")
+    assert "secret" not in str(told.value)
+    with pytest.raises(DataError, match=r"is a folder without study\.journal"):
+        optuna.read(tmp_path)
 
 
 def test_optuna_another_database(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
 pytest.importorskip("optuna")
@@ -15,7 +16,7 @@ pytest.importorskip("optuna")
 from typer.testing import CliRunner, Result
 
 from bayeslr.cli import app, main
-from bayeslr.errors import BayeslrError, UntrustworthyFit
+from bayeslr.errors import BayeslrError, SpecError, UntrustworthyFit
 from tests import fakes
 from tests.fakes import toy_recipe, write_recipe
 
@@ -73,6 +74,31 @@ def test_a_last_fit_that_fails_its_gate_says_what_can_be_done(
     assert command in done.stderr
     assert "raise budget_flops or max_runs" in done.stderr
     assert command in bayeslr("status", out).stdout
+
+
+@pytest.mark.parametrize("storage", [None, "sqlite"])
+def test_the_study_of_a_sweep_is_imported_as_the_runs_of_the_sweep(
+    storage: str | None, tmp_path: Path
+) -> None:
+    """Diverged runs and curves too; the target's own runs are in a study beside it."""
+    changes = {"sweep__max_runs": 7, "sweep__validate_target": True, "space__lr__high": 0.5}
+    document = toy_recipe(**changes)
+    recipe, out, again = tmp_path / "toy.toml", tmp_path / "out", tmp_path / "again.parquet"
+    write_recipe(recipe, document)
+    url = storage and f"sqlite:///{tmp_path / 'study.db'}"
+    done = bayeslr("sweep", recipe, "--out", out, *(("--storage", url) if url else ()))
+    assert done.exit_code == 0, done.output
+    done = bayeslr("import", "optuna", url or out, "-o", again)
+    assert done.exit_code == 0, done.output
+    pd.testing.assert_frame_equal(pd.read_parquet(again), pd.read_parquet(out / "runs.parquet"))
+    assert "diverged" in done.stdout
+    done = bayeslr("import", "optuna", url or out, "-o", again, "--family", "mine")
+    assert set(pd.read_parquet(again)["family"]) == {"mine"}
+    done = bayeslr("import", "optuna", url or out / "study.journal", "--set", "n_active=1M")
+    assert isinstance(done.exception, SpecError)
+    study = ("--study", "toy.validation")
+    done = bayeslr("import", "optuna", url or out, *study, "-o", again)
+    assert pd.read_parquet(again)["run_id"].nunique() == 3
 
 
 def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:

@@ -110,7 +110,10 @@ def mlflow(
 
 @import_app.command()
 def optuna(
-    path: PathArgument,
+    path: Annotated[
+        str,
+        typer.Argument(help="File, sqlite:/// or journal:// URL, or folder.", show_default=False),
+    ],
     mapping: MapOption,
     constants: SetOption,
     out: OutOption = DEFAULT_OUT,
@@ -120,7 +123,7 @@ def optuna(
     ] = None,
     dry_run: DryRunOption = False,
 ) -> None:
-    """Trials of Optuna: CSV of trials_dataframe(), or a SQLite storage."""
+    """Trials of Optuna: CSV of trials_dataframe(), a storage's file, or a sweep's folder."""
     _import(
         "optuna", path, out, dry_run,
         family=family, mapping=mapping, constants=constants, study=study,
@@ -192,7 +195,7 @@ def quarantine_path(out: Path) -> Path:
     return out.with_name(f"{out.stem}.quarantine.csv")
 
 
-def _import(format_name: str, path: Path, out: Path, dry_run: bool, **options: Any) -> None:
+def _import(format_name: str, path: Path | str, out: Path, dry_run: bool, **options: Any) -> None:
     from bayeslr import importers
     from bayeslr.importers.mapping import MissingColumns
     from bayeslr.runs import write_atomically
@@ -221,7 +224,7 @@ def _import(format_name: str, path: Path, out: Path, dry_run: bool, **options: A
     typer.echo("dry run: nothing was written" if dry_run else f"written to {out}")
 
 
-def _echo_preview(path: Path, seen: Preview) -> None:
+def _echo_preview(path: Path | str, seen: Preview) -> None:
     typer.echo(f"{path}: dry run, nothing is written\n")
     for ours, theirs in seen.mapped.items():
         typer.echo(f"  {ours} <- {theirs}")

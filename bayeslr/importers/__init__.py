@@ -17,7 +17,7 @@ FORMATS: dict[str, str] = {
     "csv": "Any table with one run a row; columns are mapped by flags.",
     "wandb": "Runs table of Weights & Biases, downloaded as CSV.",
     "mlflow": "Runs of MLflow: CSV of its page, or of search_runs().",
-    "optuna": "Trials of Optuna: CSV of trials_dataframe(), or a SQLite storage.",
+    "optuna": "Trials of Optuna: CSV of trials_dataframe(), a storage's file, or a sweep's folder.",
     "tensorboard": "One scalar of one run, downloaded as CSV from TensorBoard.",
 }
 

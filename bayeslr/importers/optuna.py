@@ -1,23 +1,21 @@
-"""Trials of Optuna: the CSV of ``study.trials_dataframe()``, or a SQLite storage.
+"""Trials of Optuna: the CSV of ``study.trials_dataframe()``, a SQLite storage or a journal file.
 
-Optuna itself is not needed: the storage is opened read-only as the SQLite file that it is.
+Optuna itself is not needed. The study of a sweep gives the sweep's own run table.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from bayeslr.errors import DataError, StorageError
+from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.importers.mapping import finish, look_names, plan, statuses
-from bayeslr.runs import Rows, RunTable, read_csv
+from bayeslr.importers.optuna_storages import is_storage, read_trials
+from bayeslr.runs import Rows, RunTable, make_table, read_csv
 
 # Optuna turns a trial whose value is NaN into FAIL, without a value; a RUNNING trial of a finished
 # export is one whose worker was killed.
@@ -27,7 +25,8 @@ STATES = {
     "fail": "failed",
     "running": "lost",
 }
-_SQLITE_MAGIC = b"SQLite format 3\x00"
+JOURNAL_FILE = "study.journal"
+"""The study in a sweep's folder."""
 
 
 def read(
@@ -40,13 +39,20 @@ def read(
 ) -> RunTable:
     """Run table of a study's trials. mapping, constants: as in `bayeslr.importers.csv`.
 
-    path: CSV, SQLite file, or ``sqlite:///file``. study: its name, if the storage has several.
-    Parameters and user attributes are found by their names, without ``params_`` and
-    ``user_attrs_``.
+    path: CSV, SQLite or journal file (``sqlite:///file``, ``journal://file``), or the folder of a
+    sweep. study: its name, if the storage has several. Parameters and user attributes are found by
+    their names, without ``params_`` and ``user_attrs_``. Raises: DataError, StorageError, and
+    SpecError for a mapping of a sweep's study, whose trials hold the rows of its run table.
     """
-    file = Path(str(path).removeprefix("sqlite:///"))
-    if file.is_file() and file.read_bytes()[:16] == _SQLITE_MAGIC:
-        rows = _read_storage(file, study)
+    file = _file(str(path))
+    if is_storage(file):
+        trials = read_trials(file, study)
+        if any("user_attrs_spec" in trial for trial in trials):
+            if mapping or constants:
+                raise SpecError(f"{file} is a sweep's: its runs are complete; no --map, no --set")
+            return _sweep_table(trials, file, family)
+        frame = pd.DataFrame.from_records(trials)
+        rows = Rows(frame, str(file), frame["number"].to_numpy(dtype=np.int64) + 1)
     else:
         rows = read_csv(file)
     headers = [str(name) for name in rows.frame.columns]
@@ -91,71 +97,32 @@ def _without_waiting(rows: Rows) -> tuple[Rows, int]:
     return Rows(frame, rows.place, rows.lines[ran], rows.broken), int((~ran).sum())
 
 
-def _read_storage(path: Path, study: str | None) -> Rows:
-    """Trials of one study in a SQLite storage, under the names of trials_dataframe()."""
-    try:
-        with contextlib.closing(
-            sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True, timeout=10)
-        ) as connection:
-            study_id = _study_id(connection, path, study)
-            trials = connection.execute(
-                "SELECT trial_id, number, state, datetime_start, datetime_complete FROM trials "
-                "WHERE study_id = ? ORDER BY number",
-                (study_id,),
-            ).fetchall()
-            cells = _trial_cells(connection, study_id)
-    except sqlite3.Error as error:
+def _file(path: str) -> Path:
+    """The file that a path or the URL of a storage means."""
+    for scheme in ("sqlite:///", "journal://"):
+        path = path.removeprefix(scheme)
+    if "://" in path:
         raise StorageError(
-            f"{path} cannot be read as an Optuna storage: {error}. Another version, or in use? "
-            "Export study.trials_dataframe() as CSV instead"
-        ) from error
-    records = []
-    for trial_id, number, state, start, complete in trials:
-        record: dict[str, Any] = {"number": number, "state": state, "datetime_start": start}
-        if start and complete:
-            record["duration"] = pd.Timestamp(complete) - pd.Timestamp(start)
-        records.append(record | cells.get(trial_id, {}))
-    if not records:
-        raise DataError(f"{path} has a study without trials")
-    frame = pd.DataFrame.from_records(records)
-    return Rows(frame, str(path), frame["number"].to_numpy(dtype=np.int64) + 1)
+            f"storages of Optuna are read from SQLite and journal files, not from "
+            f"{path.partition(':')[0]}; export study.trials_dataframe() as CSV"
+        )
+    file = Path(path)
+    if not file.is_dir():
+        return file
+    if not (file / JOURNAL_FILE).is_file():
+        raise DataError(
+            f"{file} is a folder without {JOURNAL_FILE}, so not that of a sweep with a study of "
+            "its own; name the file of the storage, or take the runs.parquet of the sweep"
+        )
+    return file / JOURNAL_FILE
 
 
-def _study_id(connection: sqlite3.Connection, path: Path, study: str | None) -> int:
-    studies = dict(connection.execute("SELECT study_name, study_id FROM studies").fetchall())
-    if study is None and len(studies) == 1:
-        study = next(iter(studies))
-    if study is None or study not in studies:
-        asked = f"no study {study!r}" if study else f"{len(studies)} studies"
-        listed = ", ".join(map(repr, studies)) or "none"
-        raise DataError(f"{path} has {asked}; name one with --study: {listed}")
-    return int(studies[study])
-
-
-def _trial_cells(connection: sqlite3.Connection, study_id: int) -> dict[int, dict[str, Any]]:
-    """Values, parameters and user attributes by trial."""
-    of_study = "trial_id IN (SELECT trial_id FROM trials WHERE study_id = ?)"
-    cells: dict[int, dict[str, Any]] = {}
-    values = connection.execute(
-        f"SELECT trial_id, objective, value, value_type FROM trial_values WHERE {of_study}",
-        (study_id,),
-    ).fetchall()
-    single = {objective for _, objective, _, _ in values} <= {0}
-    for trial_id, objective, value, value_type in values:
-        name = "value" if single else f"values_{objective}"
-        infinite = {"INF_POS": "inf", "INF_NEG": "-inf"}.get(value_type)
-        cells.setdefault(trial_id, {})[name] = infinite or value
-    for trial_id, name, value, distribution in connection.execute(
-        "SELECT trial_id, param_name, param_value, distribution_json FROM trial_params "
-        f"WHERE {of_study}",
-        (study_id,),
-    ):
-        choices = json.loads(distribution).get("attributes", {}).get("choices")
-        shown = value if choices is None else choices[int(value)]
-        cells.setdefault(trial_id, {})[f"params_{name}"] = shown
-    for trial_id, key, text in connection.execute(
-        f"SELECT trial_id, key, value_json FROM trial_user_attributes WHERE {of_study}",
-        (study_id,),
-    ):
-        cells.setdefault(trial_id, {})[f"user_attrs_{key}"] = json.loads(text)
-    return cells
+def _sweep_table(trials: Sequence[Mapping[str, Any]], file: Path, family: str | None) -> RunTable:
+    """Run table of a sweep's trials that have ended, as the sweep itself makes it."""
+    ended = [trial["user_attrs_result"] for trial in trials if "user_attrs_result" in trial]
+    told = {} if family is None else {"family": family}
+    rows = [{**row, **told} for result in ended for row in result["records"]]
+    if not rows:
+        raise DataError(f"{file} is a sweep's, and no run of it has ended yet")
+    rows.sort(key=lambda row: (row["run_id"], row["tokens"], row["status"]))
+    return make_table(rows, source=str(file))
