@@ -358,9 +358,21 @@ def test_optuna_csv(tmp_path: Path) -> None:
     table = optuna.read(path, family="f", constants=SETTINGS)
     assert column(table, "status") == ["ok", "diverged", "pruned", "diverged", "failed", "lost"]
     assert column(table, "run_id")[0] == "f-0"
-    assert column(table, "loss") == [3.0, None, 4.0, None, None, None]
+    assert column(table, "loss") == [3.0, None, None, None, None, None]
     assert column(table, "wall_s")[0] == pytest.approx(262.368701)
     assert any("1 waiting trials" in warning for warning in table.warnings)
+    assert any("no loss is taken of 1 pruned trials" in warning for warning in table.warnings)
+
+
+def test_the_loss_of_a_pruned_trial_counts_if_its_tokens_were_seen(tmp_path: Path) -> None:
+    """Optuna's value is the last report; ``tokens`` are as a rule those that were planned."""
+    said = write(tmp_path / "study.csv", OPTUNA.replace("2e9,,PRUNED", "2e9,partial,PRUNED"))
+    table = optuna.read(said, family="f", constants=SETTINGS)
+    assert column(table, "loss")[2] == 4.0
+    assert column(table, "status")[2] == "partial"
+    path = write(tmp_path / "study.csv", OPTUNA)
+    table = optuna.read(path, family="f", constants=SETTINGS, mapping=["loss=value"])
+    assert column(table, "loss")[2] == 4.0
 
 
 def test_optuna_several_objectives_need_a_choice(tmp_path: Path) -> None:

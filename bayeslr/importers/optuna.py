@@ -5,6 +5,7 @@ Optuna itself is not needed. The study of a sweep gives the sweep's own run tabl
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -79,16 +80,22 @@ def read(
         cells = rows.frame[own]
         status = cells.where(cells.notna() & (cells != ""), status)
     given["status"], given["status_reason"] = status, reason
+    notes = [f"left out: {num_waiting} waiting trials, which never ran"] if num_waiting else []
+    early = (status == "pruned") & loss.notna() & (loss != "")
+    if early.any():
+        given["loss"] = loss.mask(early)
+        notes.append(
+            f"no loss is taken of {int(early.sum())} pruned trials: Optuna has the last that was "
+            "reported, at fewer tokens than planned. One measured at its tokens says so by a user "
+            "attribute status, 'partial'; or --map loss=value"
+        )
     if "datetime_start" in headers:
         given["created_at"] = rows.frame["datetime_start"]
     if "duration" in headers:
         spans = pd.to_timedelta(rows.frame["duration"], errors="coerce")
         given["wall_s"] = spans / pd.Timedelta(seconds=1)
     table = finish(rows, made, given)
-    if not num_waiting:
-        return table
-    told = f"left out: {num_waiting} waiting trials, which never ran"
-    return RunTable(table.frame, table.quarantine, (*table.warnings, told), table.source)
+    return dataclasses.replace(table, warnings=(*table.warnings, *notes))
 
 
 def _without_waiting(rows: Rows) -> tuple[Rows, int]:

@@ -245,8 +245,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         # A run that broke early may lack what describe asks for; its own error is told, not this.
         with contextlib.suppress(SpecError):
             noted |= self._known(trial.params)
-        value = values[0] if values else _returned()
-        if _ending(trial, state, value) == "diverged":
+        if _ending(trial, state, values[0] if values else _returned()) == "diverged":
             noted["status"] = "diverged"
         for name, value in noted.items():
             if name not in trial.user_attrs and name not in trial.params:
@@ -319,18 +318,17 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         self, trials: Sequence[FrozenTrial], space: Mapping[str, BaseDistribution]
     ) -> set[str]:
         """Keys of the runs that need no proposal: made, under way, or failed often enough."""
-        tries = Counter(
-            self._key(t.params, space) for t in trials if _status(t) == "failed"
-        )  # fmt: skip
-        made = {self._key(t.params, space) for t in trials if _status(t) != "failed"}
-        return made | {key for key, number in tries.items() if number >= _TRIES}
+        tries: Counter[str] = Counter()
+        for trial in trials:
+            tries[self._key(trial.params, space)] += 1 if _status(trial) == "failed" else _TRIES
+        return {key for key, number in tries.items() if number >= _TRIES}
 
     def _request(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         agreed = _agreed(trials)
-        rows = [self._row(t, agreed) for t in trials if t.state.is_finished()]
-        family = next((r["family"] for r in rows if r is not None), "study")
+        rows = [row for t in trials if (row := self._row(t, agreed)) is not None]
+        family = rows[0]["family"] if rows else _ASSUMED["family"]
         return {
-            "runs": [row for row in rows if row is not None],
+            "runs": rows,
             "tables": self._tables,
             "prior": self._prior,
             "seed": self._seed,
@@ -343,7 +341,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         return _native(known | _described(self._describe, params))
 
     def _row(self, trial: FrozenTrial, agreed: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Row of the run table; None for a run that failed or was pruned without diverging."""
+        """Row of the run table; None for a trial that says nothing of its LR."""
         status = _status(trial)
         if trial.state != TrialState.COMPLETE and status != "diverged":
             return None
@@ -355,9 +353,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
                 "ScalingLawSampler(lr=...) says which parameter it is"
             )
         own = {k: v for k, v in trial.user_attrs.items() if k in (*ATTRIBUTES, *OPTIONAL)}
-        # Attributes of the trial suffice, whatever becomes of describe.
-        given = {} if own.keys() >= set(ATTRIBUTES) else self._known(trial.params)
-        known = {**agreed, **given, **_native(own)}
+        known = {**agreed, **self._known(trial.params), **_native(own)}
         self._require(known, where)
         return {
             **_ASSUMED,
@@ -371,21 +367,21 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         }  # fmt: skip
 
     def _spec(self, params: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+        known = {"seq_len": 1, **_ASSUMED, **known}
         self._require(known, "a run to propose")
-        known = _ASSUMED | dict(known)
         spec = RunSpec(
             run_id="candidate", family=str(known["family"]), runner="optuna",
-            lr=float(params[self._lr]), seq_len=int(known.get("seq_len", 1)),
-            param_convention=str(known["param_convention"]),
-            schedule="cosine", **{name: round(known[name]) for name in ATTRIBUTES},
+            lr=float(params[self._lr]), param_convention=str(known["param_convention"]),
+            schedule="cosine", **{name: round(known[name]) for name in (*ATTRIBUTES, "seq_len")},
         )  # fmt: skip
         document: dict[str, Any] = json.loads(spec.to_json())
         return document
 
     def _require(self, known: Mapping[str, Any], where: str) -> None:
-        for name in ATTRIBUTES:
-            if not _positive(known.get(name)):
-                found = f"has {known[name]!r} for" if known.get(name) is not None else "lacks"
+        for name in (*ATTRIBUTES, "seq_len"):
+            value = known.get(name)
+            if not _positive(value) and (name in known or name in ATTRIBUTES):
+                found = "lacks" if value is None else f"has {value!r} for"
                 raise SpecError(
                     f"{where} {found} {name} (a number > 0); set it as a user attribute of the "
                     "trial, return it from describe, or make it a parameter"
@@ -515,8 +511,8 @@ def _levels(distribution: BaseDistribution, size: int) -> list[Any]:
     """Values of a parameter, evenly spaced (in the log where the parameter is)."""
     if isinstance(distribution, CategoricalDistribution):
         return list(distribution.choices)
-    space = np.geomspace if distribution.log else np.linspace
-    return _allowed(space(distribution.low, distribution.high, size), distribution)
+    spread = np.geomspace if distribution.log else np.linspace
+    return _allowed(spread(distribution.low, distribution.high, size), distribution)
 
 
 def _allowed(

@@ -354,11 +354,13 @@ def test_fixed_parameters_are_described_and_unknown_ones_drawn() -> None:
     def ask(trial: optuna.Trial) -> float:
         trial.suggest_categorical("n_active", [1e6])
         trial.suggest_float("dropout", 0.0, 0.4)
+        trial.suggest_categorical("optimizer", ["muon"])
         return good(trial)
 
     s.optimize(ask, n_trials=12)
     assert all(t.user_attrs["reason"].startswith("after") for t in s.trials[1:])
     assert len({p["dropout"] for p in params(s)[1:]}) > 2
+    assert {r["optimizer"] for r in rows(made, s)} == {"muon"}
     made.close()
 
 
@@ -384,6 +386,7 @@ NUMBERS = one_model({})
     [
         (lambda p: {**NUMBERS, "tokens": math.nan}, "lr", "nan for tokens"),
         (lambda p: {**NUMBERS, "batch_tokens": "64K"}, "lr", "'64K' for batch_tokens"),
+        (lambda p: {**NUMBERS, "seq_len": "2K"}, "lr", "'2K' for seq_len"),
         (lambda p: {**NUMBERS, "tokens": p["steps"]}, "lr", "KeyError: 'steps'"),
         (lambda p: None, "lr", "TypeError: 'NoneType'"),
         (one_model, "learning_rate", "share no parameter 'learning_rate'"),
@@ -397,7 +400,7 @@ def test_what_is_wrong_with_a_description_is_told_and_the_trial_is_random(
     s.optimize(good, n_trials=2)
     assert s.trials[1].user_attrs["reason"].startswith("drawn at random: ")
     assert why in s.trials[1].user_attrs["reason"]
-    with pytest.raises(SpecError, match=r"for tokens|batch_tokens|describe|peak LR"):
+    with pytest.raises(SpecError, match=r"for tokens|batch_tokens|seq_len|describe|peak LR"):
         made.predict(s)
 
 
