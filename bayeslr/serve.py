@@ -6,11 +6,12 @@
      "candidates": [run spec, ...], "flops": [...], "targets": [target, ...], "num_runs": 1,
      "choice_seed": 7}
         -> {"chosen": [index, ...], "reasons": [...], "stop_reason": "...", "regret_now": nats,
-            "verdict": "..."}
+            "verdict": "...", "set_aside": "..."}
     {"op": "predict", "runs": [...], "tables": [...], "prior": card, "seed": 1, "targets": [...]}
-        -> {"predictions": [row, ...], "verdict": "...", "trustworthy": true}
+        -> {"predictions": [row, ...], "verdict": "...", "trustworthy": true, "set_aside": "..."}
 
-``runs`` are rows of the run table, ``tables`` files of them. What went wrong is answered by
+``runs`` are rows of the run table, ``tables`` files of them; ``set_aside`` says which of them broke
+its rules and do not count, and is empty as a rule. What went wrong is answered by
 {"error": "..."}; what is no finite number is null. The last posterior is kept: two requests about
 the same runs fit once. A fit of few draws that fails its gate is made again with all of them, as in
 a sweep; if that fails too, nothing is chosen by it (the error is its verdict), and predictions say
@@ -29,7 +30,7 @@ from typing import Any, TextIO
 from bayeslr import acquire, predict, sampling
 from bayeslr.errors import BayeslrError, SpecError, UntrustworthyFit
 from bayeslr.posterior import Posterior
-from bayeslr.runs import concat, make_table, read_runs
+from bayeslr.runs import RunTable, concat, first_reasons, make_table, read_runs
 from bayeslr.runs.files import json_text
 from bayeslr.space import Candidate
 from bayeslr.specs import RunSpec, Spec, Target, make_spec
@@ -62,13 +63,16 @@ class Server:
         if op == "choose":
             candidates = _candidates(request)
             num_runs, choice_seed = _whole(request, "num_runs", 1), _whole(request, "choice_seed")
-        posterior = self._fit(request)
+        table = _table(request)
+        set_aside = first_reasons(table.quarantine)
+        posterior = self._fit(table, request)
         verdict = str(posterior.info["verdict"])
         if op == "predict":
             return {
                 "predictions": predict.predict(posterior, targets),
                 "verdict": verdict,
                 "trustworthy": posterior.trustworthy,
+                "set_aside": set_aside,
             }
         if not posterior.trustworthy:
             raise UntrustworthyFit(verdict)
@@ -83,20 +87,13 @@ class Server:
             "stop_reason": plan.stop_reason,
             "regret_now": plan.regret_now,
             "verdict": verdict,
+            "set_aside": set_aside,
         }
 
-    def _fit(self, request: Mapping[str, Any]) -> Posterior:
-        rows, paths = _list(request, "runs", dict, "JSON objects"), []
-        if "tables" in request:
-            paths = _list(request, "tables", str, "paths")
+    def _fit(self, table: RunTable, request: Mapping[str, Any]) -> Posterior:
         prior, seed = request["prior"], _whole(request, "seed")
         if not isinstance(prior, str):
             raise SpecError(f"prior must be the name of a card or the path of one, got {prior!r}")
-        parts = [make_table(rows, source="the study")] if rows else []
-        parts += [read_runs(path) for path in paths]
-        if not parts:
-            raise SpecError("a request needs runs, or tables of them")
-        table = concat(parts) if len(parts) > 1 else parts[0]
         key = (table.data_hash, prior, seed)
         if self._posterior is None or key != self._key:
             posterior = sampling.fit(table, prior, seed=seed, fast=True)
@@ -104,6 +101,17 @@ class Server:
                 posterior = sampling.fit(table, prior, seed=seed)
             self._key, self._posterior = key, posterior
         return self._posterior
+
+
+def _table(request: Mapping[str, Any]) -> RunTable:
+    rows, paths = _list(request, "runs", dict, "JSON objects"), []
+    if "tables" in request:
+        paths = _list(request, "tables", str, "paths")
+    parts = [make_table(rows, source="the study")] if rows else []
+    parts += [read_runs(path) for path in paths]
+    if not parts:
+        raise SpecError("a request needs runs, or tables of them")
+    return concat(parts) if len(parts) > 1 else parts[0]
 
 
 def _list(request: Mapping[str, Any], name: str, kind: type, what: str) -> list[Any]:

@@ -60,6 +60,13 @@ def test_what_is_not_known_is_null_and_small_numbers_stay() -> None:
     assert 0 < row["lr_q05"] < 1e-8
 
 
+def test_runs_that_break_a_rule_are_told() -> None:
+    (run,) = REQUEST["runs"]
+    assert ask()["set_aside"] == ""
+    reply = ask(runs=[run, {**run, "run_id": "r1", "loss": 90.0}])
+    assert "1 row: the loss of an ok run is not far above" in reply["set_aside"]
+
+
 def fits(monkeypatch: pytest.MonkeyPatch, good: dict[bool, bool]) -> list[bool]:
     """The kinds of fit asked for (fast or not), of which those that ``good`` says pass the gate."""
     asked: list[bool] = []

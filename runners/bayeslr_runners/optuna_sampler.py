@@ -169,6 +169,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         self._per_octave = lr_per_octave
         self._tables = [str(path) for path in tables]
         self._child = _Child(command)
+        self._set_aside = ""  # said already
 
     def __reduce__(self) -> Any:
         raise TypeError("a ScalingLawSampler holds a process; make one in each worker instead")
@@ -258,9 +259,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         did not, the log warns. Raises: SpecError.
         """
         _require_loss(study)
-        reply = self._child.ask(
-            {"op": "predict", **self._request(study.get_trials(deepcopy=False))}
-        )
+        reply = self._ask({"op": "predict", **self._request(study.get_trials(deepcopy=False))})
         told = {name: reply[name] for name in ("trustworthy", "verdict")}
         if not told["trustworthy"]:
             _logger.warning(f"this prediction is not to be relied on. {told['verdict']}")
@@ -295,7 +294,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         pairs = [runs[text] for text in sorted(runs)]
         # Runs that others are making now: what they will tell is expected, not told twice.
         waiting = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
-        reply = self._child.ask(
+        reply = self._ask(
             {
                 "op": "choose", **self._request(trials),
                 "candidates": [spec for _, spec in pairs],
@@ -322,6 +321,14 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         for trial in trials:
             tries[self._key(trial.params, space)] += 1 if _status(trial) == "failed" else _TRIES
         return {key for key, number in tries.items() if number >= _TRIES}
+
+    def _ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Reply of the child; the log warns, once, of runs that broke a rule of the run table."""
+        reply = self._child.ask(request)
+        if reply["set_aside"] not in ("", self._set_aside):
+            self._set_aside = reply["set_aside"]
+            _logger.warning(f"set aside, and not fitted:\n{self._set_aside}")
+        return reply
 
     def _request(self, trials: Sequence[FrozenTrial]) -> dict[str, Any]:
         agreed = _agreed(trials)

@@ -31,13 +31,13 @@ for line in sys.stdin:
     if r["op"] == "predict":
         print(json.dumps({"predictions": [{"target_id": t["target_id"], "lr": 1e-3}
                                           for t in r["targets"]],
-                          "verdict": "fine", "trustworthy": True}), flush=True)
+                          "verdict": "fine", "trustworthy": True, "set_aside": ""}), flush=True)
         continue
     top = max(c["n_active"] for c in r["candidates"])
     big = [i for i, c in enumerate(r["candidates"]) if c["n_active"] == top]
     chosen = [big[(r["choice_seed"] + k) % len(big)] for k in range(r["num_runs"])]
     print(json.dumps({"chosen": chosen, "reasons": [f"after {len(r['runs'])}"] * len(chosen),
-                      "regret_now": 0.1, "verdict": ""}), flush=True)
+                      "regret_now": 0.1, "verdict": "", "set_aside": ""}), flush=True)
 """
 COMMAND = (sys.executable, "-c", STAND_IN)
 
@@ -122,7 +122,7 @@ def test_user_attributes_say_what_a_run_was() -> None:
     class Child:
         def ask(self, request: Any) -> dict[str, Any]:
             sent.append(request)
-            return {"predictions": [], "verdict": "", "trustworthy": True}
+            return {"predictions": [], "verdict": "", "trustworthy": True, "set_aside": ""}
 
     made = sampler(describe=None)
     made._child = Child()  # type: ignore[assignment]
@@ -443,16 +443,22 @@ def test_a_sampler_serves_one_study_after_another() -> None:
     made.close()
 
 
-def test_a_prediction_by_a_fit_that_failed_its_gate_says_so(
+def test_doubts_about_a_prediction_are_told(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    doubted = {"predictions": [{"lr": 1e-3}], "trustworthy": False, "verdict": "Do not trust it."}
+    """A fit that failed its gate each time, the same rows set aside once."""
+    doubted = {
+        "predictions": [{"lr": 1e-3}], "trustworthy": False, "verdict": "Do not trust it.",
+        "set_aside": "1 row: too few tokens",
+    }  # fmt: skip
     made = sampler(describe=one_model)
     monkeypatch.setattr(made._child, "ask", lambda request: doubted)
     s = optuna.create_study(sampler=made)
-    (row,) = made.predict(s)
+    for _ in range(2):
+        (row,) = made.predict(s)
     assert (row["lr"], row["trustworthy"], row["verdict"]) == (1e-3, False, "Do not trust it.")
-    assert caplog.messages == ["this prediction is not to be relied on. Do not trust it."]
+    doubt = "this prediction is not to be relied on. Do not trust it."
+    assert caplog.messages == ["set aside, and not fitted:\n1 row: too few tokens", doubt, doubt]
 
 
 def test_what_is_not_known_of_a_run_is_asked_for() -> None:
@@ -490,7 +496,7 @@ def test_the_server_answers_and_says_what_is_wrong(monkeypatch: pytest.MonkeyPat
     class Child:
         def ask(self, request: Any) -> dict[str, Any]:
             requests.append(request)
-            return {"chosen": [0], "reasons": [""]}
+            return {"chosen": [0], "reasons": [""], "set_aside": ""}
 
     made._child = Child()  # type: ignore[assignment]
     s = study(None, made)
