@@ -123,8 +123,8 @@ def test_a_target_that_learns_nothing_makes_no_run_worth_more(posterior: Posteri
     vast = target("vast", n_active=6e12, n_total=4.8e13, tokens=1.2e15, family="unseen")
     near = target("near", tokens=1.1e12, n_active=5e9, n_total=4e10)
     # Beside another target, for draws depend on a target's place.
-    beside = worth([*GOAL, near], [1.0, 1e-9])
-    assert worth([*GOAL, vast], [1.0, 1e-9]) == pytest.approx(beside, rel=0.02)
+    beside = worth([*GOAL, near], [1.0, 1e-15])
+    assert worth([*GOAL, vast], [1.0, 1e-15]) == pytest.approx(beside, rel=1e-3)
     assert worth(GOAL, [2.0]) == pytest.approx(2 * worth(GOAL, [1.0]))
 
 
