@@ -29,6 +29,7 @@ LABELS = {
 FAMILIES = {
     "activation_rms": ("RMS of activations", "at the end"),
     "update_ratio": ("update over weight", "RMS, one step before the decay"),
+    "update_alignment": ("alignment of updates", "log alignment ratio: 1 full, 1/2 random"),
 }
 FEATURES = ("representation_change", "effective_rank", *FAMILIES)
 _BOOKKEEPING = ("tokens_seen", "tokens_trained", "threads")

@@ -11,6 +11,8 @@ import torch
 
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe import MoeRunner
+from bayeslr_runners.moe.alignment import expert_log_alignment_ratio, log_alignment_ratio
+from bayeslr_runners.moe.experts import route
 from bayeslr_runners.moe.model import MoeTransformer
 from bayeslr_runners.moe.options import GROUPS
 from bayeslr_runners.moe.probe import Probe, effective_rank, probe, representation_change
@@ -67,6 +69,91 @@ def test_update_ratio_of_a_stack_follows_each_members_lr() -> None:
     slow, fast = (one.diagnostics["update_ratio"] for one in trainer.measure())
     for group in ("attention", "expert_down"):
         assert fast[group] == pytest.approx(2 * slow[group], rel=0.1)
+
+
+def test_alignment_is_what_one_works_out_by_hand() -> None:
+    """Two inputs, a step of 2 x 3: norms 5 and sqrt(14); the outputs (3, 6, 0) and (0, 0, 12)."""
+    x = torch.tensor([[3.0, 0.0], [0.0, 4.0]])
+    step = torch.tensor([[1.0, 2.0, 0.0], [0.0, 0.0, 3.0]])
+    ratio = math.sqrt(9 * 5 + 16 * 9) / (5 * math.sqrt(14))
+    (found,) = log_alignment_ratio(x, step)
+    assert found.item() == pytest.approx(1 + math.log2(ratio), abs=1e-6)
+    both = log_alignment_ratio(torch.stack([x, x]), torch.stack([step, 7 * step]), 2)
+    assert both.tolist() == pytest.approx([found.item()] * 2)  # the scale of a step is no matter
+
+
+def test_alignment_is_one_along_the_input_and_a_half_at_random() -> None:
+    generator = torch.Generator().manual_seed(5)
+    direction, answer = torch.randn(256, generator=generator), torch.randn(64, generator=generator)
+    x = torch.randn(32, 1, generator=generator) * direction
+    full = log_alignment_ratio(x, torch.outer(direction, answer))
+    assert full.item() == pytest.approx(1.0, abs=1e-5)
+    step = torch.randn(256, 64, generator=generator)
+    # The squared ratio scatters by sqrt(2 / 64) of itself: 0.016 of the exponent, so 4 sd.
+    assert log_alignment_ratio(x, step).item() == pytest.approx(0.5, abs=0.064)
+    across = torch.randn(256, generator=generator)
+    across -= (across @ direction) / (direction @ direction) * direction
+    assert log_alignment_ratio(x, torch.outer(across, answer)).item() < 0.0
+
+
+def test_alignment_of_experts_is_that_of_their_own_inputs() -> None:
+    """Each expert's step answers to the inputs that it gets, or to those of the other."""
+    one, other = torch.eye(8)[0], torch.eye(8)[1]
+    x = torch.stack([one, other, one])
+    routing = route(torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), 1, bias_E=None,
+                    normalise=False)  # fmt: skip
+    x_AN = x[routing.token_A]
+    own = torch.stack([torch.outer(row, torch.ones(4)) for row in (one, other)])
+    assert expert_log_alignment_ratio(x_AN, own, routing).item() == pytest.approx(1.0)
+    assert expert_log_alignment_ratio(x_AN, own.flip(0), routing).item() == -math.inf
+
+
+def test_alignment_is_that_of_the_step_that_was_taken() -> None:
+    """Of every matrix, from the weights before and after the step, and what they then read."""
+    trainer = Trainer.build(spec(weight_decay=0.0))
+    for number in range(3):
+        trainer.step(number, 1.0)
+    before = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
+    trainer.step(3, 0.5)
+    found = trainer.measure()[0].diagnostics["update_alignment"]
+    assert list(found) == ["attention", "router", "expert_up", "expert_down", "head"]
+    inputs: list[torch.Tensor] = []
+    hooks = [block.moe.register_forward_hook(lambda m, x, y: inputs.append(x[0]))
+             for block in trainer.model.blocks]  # fmt: skip
+    hidden = seen(trainer).hidden_RTD[0]
+    for hook in hooks:
+        hook.remove()
+    moved = {n: p.detach() - before[n] for n, p in trainer.model.named_parameters()}
+    assert found["head"] == pytest.approx(
+        log_alignment_ratio(hidden, moved["head"].mT).item(), abs=1e-3
+    )
+    by_layer = [
+        log_alignment_ratio(x, moved[f"blocks.{i}.moe.router"].mT).item()
+        for i, x in enumerate(inputs)
+    ]
+    assert found["router"] == pytest.approx(sum(by_layer) / len(by_layer), abs=1e-3)
+    assert all(0.0 < value <= 1.0 for value in found.values())
+
+
+@pytest.mark.parametrize("changes", [{"n_experts": 1, "top_k": 1}, {"n_shared_experts": 1}])
+def test_dense_and_shared_experts_have_an_alignment_too(changes: dict[str, int]) -> None:
+    shape = {**SHAPE, **changes}
+    n_active, n_total = MoeRunner(OPTIONS).counts(shape)
+    trainer = Trainer.build(spec(shape=shape, n_active=n_active, n_total=n_total))
+    trainer.step(0, 1.0)
+    found = trainer.measure()[0].diagnostics["update_alignment"]
+    assert {"expert_up", "expert_down"} <= set(found)
+    assert all(0.0 < value <= 1.0 for value in found.values())
+    assert ("router" in found) == (shape["n_experts"] > 1)
+
+
+def test_a_member_of_a_stack_has_the_alignment_that_it_has_alone() -> None:
+    alone, stack = Trainer.build(spec()), Trainer.build(spec(), replace(spec(), run_id="s", lr=0.1))
+    for trainer in (alone, stack):
+        for number in range(3):
+            trainer.step(number, 1.0)
+    one, first = (t.measure()[0].diagnostics["update_alignment"] for t in (alone, stack))
+    assert first == pytest.approx(one, abs=1e-4)
 
 
 def test_activations_are_those_of_each_layer() -> None:

@@ -97,8 +97,15 @@ def router_entropy(score_TE: Tensor) -> Tensor:
 def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Tensor) -> Tensor:
     """Gated sum over each token's experts of SwiGLU(x)."""
     top_k = routing.gate_TK.shape[-1]
-    shape, x_TD = x_TD.shape, x_TD.flatten(0, -2)
-    x_AD = apply(_Dispatch, x_TD, routing.token_A, routing.inverse_A, top_k)
+    _, hidden_AF = expert_inputs(x_TD, routing, up_ED2F)
+    y_AD = grouped_matmul(hidden_AF, down_EFD, routing)
+    return apply(_Combine, y_AD, routing.token_A, routing.inverse_A, top_k).view(x_TD.shape)
+
+
+def expert_inputs(x_TD: Tensor, routing: Routing, up_ED2F: Tensor) -> tuple[Tensor, Tensor]:
+    """What the two matrices of each assignment's expert read: (A, D), and (A, F)."""
+    top_k = routing.gate_TK.shape[-1]
+    x_AD = apply(_Dispatch, x_TD.flatten(0, -2), routing.token_A, routing.inverse_A, top_k)
     gate_A = apply(_Dispatch, routing.gate_TK.reshape(-1, 1), routing.order_A, routing.inverse_A, 1)
     hidden_A2F = grouped_matmul(x_AD, up_ED2F, routing)
     # The gate multiplies the hidden units: its gradient then needs no second grouped matmul.
@@ -106,8 +113,7 @@ def swiglu_experts(x_TD: Tensor, routing: Routing, up_ED2F: Tensor, down_EFD: Te
         hidden_AF = swiglu(hidden_A2F) * gate_A.to(hidden_A2F.dtype)
     else:
         hidden_AF = apply(_GatedSwiglu, hidden_A2F, gate_A)
-    y_AD = grouped_matmul(hidden_AF, down_EFD, routing)
-    return apply(_Combine, y_AD, routing.token_A, routing.inverse_A, top_k).view(shape)
+    return x_AD, hidden_AF
 
 
 def swiglu(gate_and_up: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from bayeslr_runners.moe.alignment import Direction
 from bayeslr_runners.moe.data import Corpus, val_batches
 from bayeslr_runners.moe.experts import router_entropy
 from bayeslr_runners.moe.losses import token_losses
@@ -35,12 +36,14 @@ def measure(
     seq_len: int,
     device: torch.device,
     initial_RTD: torch.Tensor,
+    direction: Direction,
 ) -> list[Measurement]:
     """Measure the loss over the validation windows, the same ones in every run.
 
     The standard error is that of the mean over windows. Runs share the windows, so a difference
     between two runs is much surer than it says. Returns one measurement a member of a stack.
     initial_RTD: the representation at initialisation, as `probe` gives it.
+    direction: the last step of each parameter.
     """
     losses, loads, entropies = [], [], []
     for input_BS, target_BS in val_batches(
@@ -57,7 +60,7 @@ def measure(
             )
     count = model.members[0] if model.members else 1
     loss_RB = torch.cat(losses, dim=-1).double().cpu().view(count, -1)
-    state = probe(model, corpus, seq_len, device)
+    state = probe(model, corpus, seq_len, device, direction)
     found = []
     for member, loss_B in enumerate(loss_RB):
         hidden_TD = state.hidden_RTD[member]
@@ -66,6 +69,9 @@ def measure(
             "activation_rms": state.stream_rms_RL[member].tolist(),
             "representation_change": representation_change(hidden_TD, initial_RTD[member]),
             "effective_rank": effective_rank(hidden_TD),
+            "update_alignment": {
+                group: ratio_R[member].item() for group, ratio_R in state.alignment_R.items()
+            },
         }
         if loads:
             load_RLE = torch.stack(loads).sum(0).double().cpu()

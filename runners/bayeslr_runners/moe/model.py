@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bayeslr_runners.moe.experts import (
+    Routing,
     apply,
     gates_and_scores,
     load_balance_loss,
@@ -128,13 +129,17 @@ class Attention(nn.Module):
         v_BSHC = v.reshape(k_BSHC.shape)
         return q_BSHC.transpose(1, 2), k_BSHC.transpose(1, 2), v_BSHC.transpose(1, 2)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Shape kept."""
+    def attend(self, x_BSD: Tensor) -> Tensor:
+        """Values that each position attends to, heads side by side: what ``out`` reads."""
         q, k, v = self.queries_keys_values(x_BSD)
         y_BHSC = F.scaled_dot_product_attention(
             q.to(v.dtype), k.to(v.dtype), v, is_causal=True, scale=self.scale
         )
-        return linear(y_BHSC.transpose(1, 2).reshape(x_BSD.shape), self.out)
+        return y_BHSC.transpose(1, 2).reshape(x_BSD.shape)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Shape kept."""
+        return linear(self.attend(x_BSD), self.out)
 
 
 class MoeLayer(nn.Module):
@@ -174,14 +179,16 @@ class MoeLayer(nn.Module):
             out_TD = swiglu(x_TD @ up_DF) @ down_FD
             stats = None
         else:
-            out_TD, stats = self._routed(x_TD, self.router)
+            routing, stats = self.route(x_TD, self.router)
+            out_TD = swiglu_experts(x_TD, routing, self.experts_up, self.experts_down)
         if self.route_scale != 1.0:
             out_TD = out_TD * self.route_scale
         if self.shared_up is not None and self.shared_down is not None:
             out_TD = out_TD + swiglu(x_TD @ self.shared_up) @ self.shared_down
         return out_TD * self.output if self.output != 1.0 else out_TD, stats
 
-    def _routed(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, LayerStats]:
+    def route(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Routing, LayerStats]:
+        """Which experts each token goes to, and what the router did."""
         # Rounding of router logits changes which experts are chosen: float32, whatever the rest is.
         with torch.autocast(x_TD.device.type, enabled=False):
             # Experts first in memory: sums over them then run along the tokens.
@@ -201,7 +208,7 @@ class MoeLayer(nn.Module):
                 routing.load_E,
                 score_TE.detach(),
             )
-        return swiglu_experts(x_TD, routing, self.experts_up, self.experts_down), stats
+        return routing, stats
 
 
 class Block(nn.Module):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -87,6 +88,7 @@ class AdamW:
         self.beta1, self.beta2, self.num_steps = beta1, beta2, 0
         self.lr_factor = 0.0  # of the last step
         self.groups = [_FlatGroup(group) for group in groups]
+        self._places = {p: (group, *ends) for group in self.groups for p, ends in group.places()}
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of a scalar loss, in place of those before."""
@@ -148,9 +150,24 @@ class AdamW:
     ) -> float:
         if self.num_steps == 0:
             return 0.0
-        step = mean / (1.0 - self.beta1**self.num_steps)
-        step.div_((square / (1.0 - self.beta2**self.num_steps)).sqrt_().add_(eps))
+        step = self._direction(mean, square, eps)
         return float(torch.linalg.vector_norm(step) / torch.linalg.vector_norm(weights))
+
+    @torch.no_grad()
+    def direction(self, parameter: nn.Parameter) -> Tensor:
+        """The last step of a parameter over its LR, in its shape; without weight decay.
+
+        NaN before the first step.
+        """
+        group, start, stop = self._places[parameter]
+        mean, square = (
+            flat[..., start:stop].view(parameter.shape) for flat in (group.mean, group.square)
+        )
+        return self._direction(mean, square, group.eps)
+
+    def _direction(self, mean: Tensor, square: Tensor, eps: float) -> Tensor:
+        step = mean / (1.0 - self.beta1**self.num_steps)
+        return step.div_((square / (1.0 - self.beta2**self.num_steps)).sqrt_().add_(eps))
 
     def state(self, member: int | None = None) -> dict[str, Any]:
         """A copy of weights and moments, on the CPU; of one member of a stack, as if alone."""
@@ -201,6 +218,12 @@ class _FlatGroup:
             self.parameters, torch.split(self.weights, sizes, dim=-1), strict=True
         ):
             parameter.data = weights.view(parameter.shape)
+
+    def places(self) -> list[tuple[nn.Parameter, tuple[int, int]]]:
+        """Each parameter, and where it lies: first entry, and the one behind its last."""
+        stops = list(accumulate(p[0].numel() if self.num_stacked else p.numel()
+                                for p in self.parameters))  # fmt: skip
+        return list(zip(self.parameters, pairwise([0, *stops]), strict=True))
 
     def saved(self, key: str, member: int | None) -> Tensor:
         """Weights or a moment, in a stack of one member."""

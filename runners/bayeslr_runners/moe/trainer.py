@@ -140,6 +140,7 @@ class Trainer:
             seq_len=spec.seq_len,
             device=self.device,
             initial_RTD=self._initial_RTD,
+            direction=self.optimizer.direction,
         )
         for one, ratios in zip(measured, self.optimizer.update_ratios(), strict=True):
             one.diagnostics["update_ratio"] = ratios
