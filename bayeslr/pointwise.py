@@ -74,18 +74,30 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
         of_trunk, of_order, own = laws.noise_shares(trunk >= 0, order >= 0, parts)
         shared = of_trunk * value("shared_noise", trunk) + of_order * value("shared_noise", order)
         mean, scale = mean + scale * shared, scale * own
-    slopes = posterior.flat("family_slope")[draws]
-    below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
-    best_batch = value("best_batch", c)
-    knee = laws.batch_knee(design.log_batch[s] - best_batch, below, above)
-    at_mean = laws.batch_knee(design.family_centres()["log_batch"][g] - best_batch, below, above)
-    edge = (
-        value("lr_cell", c) + at_mean + value("edge_batch") * (knee - at_mean)
-        + np.exp(value("log_edge_offset", g))
-    )  # fmt: skip
+    edge = log_edge(posterior, s, draws)
     return RunDraws(
         offset=offset, excess=excess, mean=mean, scale=scale,
         dof=1.0 + value("noise_dof"), logit=(design.log_lr[runs] - edge) / value("edge_width"),
+    )  # fmt: skip
+
+
+def log_edge(posterior: Posterior, slices: IntArray, draws: IntArray) -> FloatArray:
+    """Ln LR at which half of the runs of a slice diverge, (draw, slice)."""
+    design = posterior.design
+    assert design is not None, "a card alone has no slices"
+    c, g = design.cell_of_slice[slices], design.family_of_slice[slices]
+
+    def value(name: str) -> FloatArray:
+        return posterior.flat(name)[draws]
+
+    slopes = value("family_slope")
+    below, above = (slopes[:, g, SLOPES.index(f"lr_batch_{side}")] for side in ("below", "above"))
+    best_batch = value("best_batch")[:, c]
+    knee = laws.batch_knee(design.log_batch[slices] - best_batch, below, above)
+    at_mean = laws.batch_knee(design.family_centres()["log_batch"][g] - best_batch, below, above)
+    return np.asarray(
+        value("lr_cell")[:, c] + at_mean + value("edge_batch")[:, None] * (knee - at_mean)
+        + np.exp(value("log_edge_offset")[:, g])
     )  # fmt: skip
 
 

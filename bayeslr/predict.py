@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 QUANTILE_COLUMNS = tuple(f"lr_q{round(100 * q):02d}" for q in QUANTILES)
+EDGE_QUANTILES = (0.05, 0.5, 0.95)
+EDGE_COLUMNS = tuple(f"edge_octaves_q{round(100 * q):02d}" for q in EDGE_QUANTILES)
 
 # Draws of a target, at least and at most, and of all targets together.
 _FEWEST_DRAWS, _MAX_DRAWS, _MAX_CELLS = 250, 2000, 4_000_000
@@ -463,6 +465,14 @@ def p_diverge(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
     return np.asarray(laws.logistic((log_lr - at.log_edge) / at.edge_width))
 
 
+def edge_octaves(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
+    """Octaves from ln LR (target,) up to the LR at which half of the runs diverge, (draw, target).
+
+    Negative beyond that edge; infinite where the fit has none.
+    """
+    return np.asarray((at.log_edge - log_lr) / math.log(2.0))
+
+
 def regret_draws(at: TargetDraws, log_lr: FloatArray) -> FloatArray:
     """Nats above the optimum when trained at ln LR (target,), shape (draw, target).
 
@@ -589,8 +599,9 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     """Predictions table, one row a target, in order.
 
     Columns: target_id, lr (recommended), lr_q05 .. lr_q95, regret_mean and regret_q95 (nats, of the
-    recommended LR), extra_tokens (share that would make up for regret_mean), p_diverge and loss_q50
-    (nats; both NaN where the fit does not know them), extrapolation, level (family or population),
+    recommended LR), extra_tokens (share that would make up for regret_mean), p_diverge,
+    edge_octaves_q05 .. q95 (from the recommended LR up to the divergence edge) and loss_q50 (nats;
+    these NaN where the fit does not know them), extrapolation, level (family or population),
     sentence.
     Raises: DataError if there is no target, or a target counts parameters otherwise; SpecError for
     a target that is in no list.
@@ -631,23 +642,26 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
 def summary(at: TargetDraws) -> dict[str, FloatArray]:
     """Columns of the predictions table that follow from the draws alone, each (target,).
 
-    They are lr, lr_q05 .. lr_q95, regret_mean, regret_q95, extra_tokens, p_diverge and loss_q50.
+    They are lr, lr_q05 .. lr_q95, regret_mean, regret_q95, extra_tokens, p_diverge,
+    edge_octaves_q05, _q50 and _q95, and loss_q50.
     """
     log_lr = recommended_log_lr(at)
     charged = regret_draws(at, log_lr)
     mean = charged.mean(axis=0)
     # Far below the data the penalty for the batch may outgrow the law: no loss is told then.
     loss = quantiles(at.floor, (0.5,))[0]
+    # Without an edge, as least squares has none, neither risk nor distance is known.
+    edge_known = ~np.isinf(at.log_edge).all(axis=0)
+    with np.errstate(invalid="ignore"):
+        octaves = quantiles(edge_octaves(at, log_lr), EDGE_QUANTILES)
     return {
         "lr": np.exp(log_lr),
         **dict(zip(QUANTILE_COLUMNS, np.exp(quantiles(at.log_lr, QUANTILES)), strict=True)),
         "regret_mean": mean,
         "regret_q95": quantiles(charged, (0.95,))[0],
         "extra_tokens": extra_tokens_share(at, mean),
-        # Without an edge, as least squares has none, the risk is not known.
-        "p_diverge": np.where(
-            np.isinf(at.log_edge).all(axis=0), np.nan, p_diverge(at, log_lr).mean(axis=0)
-        ),
+        "p_diverge": np.where(edge_known, p_diverge(at, log_lr).mean(axis=0), np.nan),
+        **dict(zip(EDGE_COLUMNS, np.where(edge_known, octaves, np.nan), strict=True)),
         "loss_q50": np.where(loss > 0, loss, np.nan),
     }
 

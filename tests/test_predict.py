@@ -14,15 +14,20 @@ from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.laws import linex
 from bayeslr.models.simulate import PlannedSlice, simulate
+from bayeslr.pointwise import log_edge
 from bayeslr.posterior import Posterior, make_posterior
 from bayeslr.predict import (
+    EDGE_COLUMNS,
     QUANTILE_COLUMNS,
+    edge_octaves,
+    p_diverge,
     predict,
     prior_posterior,
     read_targets,
     recommended_log_lr,
     regret,
     regret_draws,
+    slice_target,
     target_draws,
 )
 from bayeslr.priors import Prior, load_prior
@@ -51,6 +56,26 @@ def test_quantiles_are_ordered_and_columns_complete(posterior: Posterior) -> Non
     assert table["p_diverge"].between(0, 1).all()
     assert (table["extra_tokens"] > 0).all()
     assert table["target_id"].tolist() == [f"t{x}" for x in ladder()]
+
+
+def test_the_edge_is_where_half_of_the_runs_diverge(posterior: Posterior) -> None:
+    table = predict(posterior, [target("a"), target("b", tokens=8e11)])
+    assert (np.diff(table[list(EDGE_COLUMNS)].to_numpy(), axis=1) > 0).all()
+    at = target_draws(posterior, [target()])
+    for octaves, wanted in ((0.0, 0.5), (1.0, 2 / 3), (-1.0, 1 / 3)):
+        # With a width of one an octave above the edge doubles the odds.
+        one = dataclasses.replace(at, edge_width=np.ones_like(at.edge_width))
+        log_lr = at.log_edge[7] + octaves * math.log(2.0)
+        assert edge_octaves(one, log_lr)[7] == pytest.approx(-octaves, abs=1e-12)
+        assert p_diverge(one, log_lr)[7] == pytest.approx(wanted)
+
+
+def test_a_measured_slice_has_one_edge_as_a_target_and_as_runs(posterior: Posterior) -> None:
+    assert posterior.design is not None
+    for s in range(posterior.design.num_slices):
+        at = target_draws(posterior, [slice_target(posterior, s)])
+        as_runs = log_edge(posterior, np.array([s]), posterior.thinned(len(at.log_edge)))
+        np.testing.assert_allclose(at.log_edge, as_runs, atol=1e-3)
 
 
 def test_draws_that_are_no_numbers_are_refused(posterior: Posterior) -> None:

@@ -134,6 +134,7 @@ def test_it_predicts_through_the_same_door(two_stage_posterior: Posterior) -> No
     assert row["regret_mean"] >= 0
     assert math.isnan(row["loss_q50"])
     assert math.isnan(row["p_diverge"])
+    assert math.isnan(row["edge_octaves_q50"])
     assert "the risk of divergence is not known to least squares" in row["sentence"]
     first, _, again = two_stage_posterior.predict(
         [target("a"), target("b", tokens=1e11), target("c")]
