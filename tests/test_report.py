@@ -198,6 +198,7 @@ def test_every_section_is_there(html: str) -> None:
         "choice",
         "scale",
         "valleys",
+        "training",
         "exponents",
         "misfit",
         "sampler",

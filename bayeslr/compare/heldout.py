@@ -5,20 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from bayeslr.compare.arms import FITTING, MODULES, TRANSFER, Arm
 from bayeslr.compare.proxies import due_run
 from bayeslr.compare.recipe import CompareRecipe
 from bayeslr.loop.worker import Due
 from bayeslr.runner_protocol import Runner, Trial
+from bayeslr.runs.diagnostics import OF_THE_TRUNK, read_diagnostics
 from bayeslr.space import targets_of
 
 # These three are trained around their choice as well; the others lie on the same valleys.
 WITH_VALLEY = (FITTING, TRANSFER, MODULES)
-
-OF_THE_TRUNK = ("grad_norm", "update_ratio")
-"""Diagnostics that fade with the LR: at the end of the decay they say nothing of the choice."""
 
 MERGE_OCTAVES = 0.1
 """A choice this near to an LR that is trained anyway is judged by its runs.
@@ -148,23 +145,9 @@ def _diagnostics(trial: Trial) -> dict[str, float]:
     rows = sorted((r for r in trial.records if r.get("diagnostics")), key=lambda r: r["tokens"])
     if not rows:
         return {}
-    found = dict(_flat(rows[-1]["diagnostics"]))
+    found = read_diagnostics(rows[-1]["diagnostics"])
     before = [r for r in rows if r.get("status") == "partial"]
     if before:
-        earlier = _flat(before[-1]["diagnostics"])
-        found |= {name: value for name, value in earlier if name.startswith(OF_THE_TRUNK)}
-    return found
-
-
-def _flat(value: Mapping[str, Any], path: str = "") -> list[tuple[str, float]]:
-    """Numbers of a nested mapping, with dotted names; lists are by layer, counted from 1."""
-    found: list[tuple[str, float]] = []
-    for key, entry in value.items():
-        name = f"{path}.{key}".strip(".")
-        if isinstance(entry, Mapping):
-            found += _flat(entry, name)
-        elif isinstance(entry, list | tuple):
-            found += _flat({f"layer {i}": one for i, one in enumerate(entry, 1)}, name)
-        elif isinstance(entry, int | float) and math.isfinite(entry):
-            found.append((name, float(entry)))
+        earlier = read_diagnostics(before[-1]["diagnostics"])
+        found |= {name: value for name, value in earlier.items() if name.startswith(OF_THE_TRUNK)}
     return found

@@ -8,31 +8,9 @@ from typing import Any
 
 from bayeslr.compare.arms import Arm
 from bayeslr.compare.heldout import Cell
+from bayeslr.runs.diagnostics import BOOKKEEPING, FAMILIES, LABELS, label_of
 
-# Names that the trainer gives, in the order of the table; what is not here follows as it is called.
-LABELS = {
-    "loss_spikes": ("loss spikes", "how many"),
-    "spike_height": ("highest spike, nats", "above the level before it"),
-    "spike_steps": ("longest spike, steps", ""),
-    "grad_norm": ("gradient norm", "before clipping, before the decay"),
-    "train_loss": ("training loss", "smoothed, at the end"),
-    "max_attention_logit": ("largest attention logit", ""),
-    "max_load": ("largest load of an expert", "1 is even"),
-    "effective_experts_min": ("experts in effect", "least of the layers"),
-    "router_entropy_min": ("router entropy, nats", "least of the layers"),
-    "representation_change": (
-        "change of the representation",
-        "since initialisation, relative: features are learnt where it is of order 1",
-    ),
-    "effective_rank": ("effective rank of it", "at the end"),
-}
-FAMILIES = {
-    "activation_rms": ("RMS of activations", "at the end"),
-    "update_ratio": ("update over weight", "RMS, one step before the decay"),
-    "update_alignment": ("alignment of updates", "log alignment ratio: 1 full, 1/2 random"),
-}
 FEATURES = ("representation_change", "effective_rank", *FAMILIES)
-_BOOKKEEPING = ("tokens_seen", "tokens_trained", "threads")
 
 
 def stability_rows(cells: Sequence[Cell], arms: Sequence[Arm], target_id: str) -> dict[str, Any]:
@@ -54,21 +32,13 @@ def stability_rows(cells: Sequence[Cell], arms: Sequence[Arm], target_id: str) -
             "values": [_cost(here, c, 2.0) for c in chosen],
         },
     ]  # fmt: skip
-    found = {name for c in chosen for one in c.diagnostics for name in one} - {*_BOOKKEEPING}
+    found = {name for c in chosen for one in c.diagnostics for name in one} - {*BOOKKEEPING}
     order = [n for n in LABELS if n in found] + sorted(found - set(LABELS))
     for name in order:
-        label, meaning = _label(name)
+        label, meaning = label_of(name)
         values = [_mean(c, name) for c in chosen]
         rows.append({"key": name, "label": label, "meaning": meaning, "values": values})
     return {"arms": [arm.name for arm in arms], "rows": rows}
-
-
-def _label(name: str) -> tuple[str, str]:
-    if name in LABELS:
-        return LABELS[name]
-    stem, _, part = name.partition(".")
-    label, meaning = FAMILIES.get(stem, (stem.replace("_", " "), ""))
-    return (f"{label}, {part.replace('.', ', ')}" if part else label), meaning
 
 
 def _valley(cells: Sequence[Cell], chosen: Cell) -> list[Cell]:

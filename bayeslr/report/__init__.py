@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr import __version__
 from bayeslr.predict import predict
-from bayeslr.report import checks, provenance, scaling, slices, targets
+from bayeslr.report import checks, provenance, scaling, slices, stability, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
 from bayeslr.report.rendering import render_page
@@ -110,7 +110,8 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "laws": scaling.published_rows(first, row["lr"]),
         "valleys": slices.valley_cards(posterior, pictured),
         "valley_lead": _valley_lead(len(pictured), len(all_slices)),
-        "slices": slices.slice_rows(posterior, all_slices),
+        "slices": slices.slice_rows(posterior, all_slices, stability.slice_edges(posterior)),
+        "training": stability.training(posterior),
         "exponents": exponents,
         "exponent_sources": scaling.exponent_sources(exponents),
         "exponent_lead": _exponent_lead(posterior),

@@ -11,13 +11,15 @@ import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from bayeslr.units import format_quantity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,11 +30,13 @@ if TYPE_CHECKING:
 INK, MUTED, GRID, PAPER = "#010203", "#010204", "#010205", "#010206"
 POSTERIOR, DATA, PRIOR, WARN = "#010207", "#010208", "#010209", "#01020a"
 LAWS = ("#01020b", "#01020c", "#01020d", "#01020e", "#01020f", "#010210")
+RAMP = ("#010211", "#010212", "#010213", "#010214", "#010215", "#010216")  # low LR to high
 LAW_DASHES = ((7, 2), (2, 2), (7, 2, 2, 2), (1, 1.5), (4, 1), (9, 4))
 _VARIABLES = {
     INK: "--ink", MUTED: "--muted", GRID: "--grid", PAPER: "--paper", POSTERIOR: "--posterior",
     DATA: "--data", PRIOR: "--prior", WARN: "--warn",
     **{colour: f"--law{number}" for number, colour in enumerate(LAWS, 1)},
+    **{colour: f"--ramp{number}" for number, colour in enumerate(RAMP, 1)},
 }  # fmt: skip
 
 _STYLE: Any = {
@@ -372,6 +376,96 @@ def transforms(name: str, *, pit: FloatArray, description: str) -> str:
         axes.set_xlabel("probability of a lower loss")
         axes.set_ylabel("share below, less its own")
         return to_svg(figure, name, description)
+
+
+class Course(NamedTuple):
+    """One run's line: ``y`` against tokens ``x``, both (record,); colour: its place in `RAMP`."""
+
+    x: FloatArray
+    y: FloatArray
+    colour: int
+    diverged: bool
+
+
+def courses(
+    name: str,
+    *,
+    facets: Sequence[tuple[str, Sequence[Course]]],
+    log: bool,
+    references: Sequence[float],
+    description: str,
+) -> str:
+    """Lines against tokens in frames with a title each, all on the same axes.
+
+    ``references`` are dashed. A cross ends the line of a run that diverged; what it did on the way
+    there may leave the frame.
+    """
+    columns = len(facets) if len(facets) <= 3 else -(-len(facets) // 2)
+    num_rows = -(-len(facets) // columns)
+    lines = [line for _, of_facet in facets for line in of_facet]
+    tokens = np.concatenate([line.x for line in lines])
+    low, high = float(tokens.min()) / 1.15, float(tokens.max()) * 1.15
+    with drawing(430, 42 + 118 * num_rows + (40 if num_rows == 1 else 0)) as figure:
+        grid = figure.subplots(num_rows, columns, sharex=True, sharey=True, squeeze=False)
+        for axes in grid.flat[len(facets) :]:
+            axes.set_axis_off()
+        first = grid[0, 0]  # all others share its axes
+        first.set_xscale("log")
+        if log:
+            first.set_yscale("log", nonpositive="mask")
+        for number, (axes, (title, of_facet)) in enumerate(zip(grid.flat, facets, strict=False)):
+            for colour in sorted({line.colour for line in of_facet}):
+                own = [line for line in of_facet if line.colour == colour]
+                x, y = _joined([line.x for line in own]), _joined([line.y for line in own])
+                axes.plot(x, y, color=RAMP[colour], linewidth=1.1, alpha=0.85)
+                alone = [line for line in own if len(line.x) == 1]
+                axes.plot(*_ends(alone), "o", color=RAMP[colour], markersize=2.5)
+            axes.plot(
+                *_ends([line for line in of_facet if line.diverged]), "x",
+                color=WARN, markersize=5, markeredgewidth=1.5,
+            )  # fmt: skip
+            for reference in references:
+                axes.axhline(reference, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
+            axes.set_title(title, fontsize=9, color=INK, loc="left")
+            axes.grid(axis="y")
+            if number + columns >= len(facets):
+                axes.set_xlabel("tokens")
+                axes.tick_params(labelbottom=True)
+        bottom, top = _course_limits(lines, references, log)
+        first.set_ylim(bottom, top)
+        first.set_xlim(low, high)
+        log_axis(first.xaxis, low, high, {1: 6, 2: 4, 3: 3}.get(columns, 2), format_quantity)
+        if log:
+            log_axis(first.yaxis, bottom, top, 5)
+        else:
+            first.yaxis.set_major_locator(MaxNLocator(5))
+        return to_svg(figure, name, description)
+
+
+def _joined(parts: Sequence[FloatArray]) -> FloatArray:
+    """Lines end to end with a gap after each, to be drawn as one."""
+    return np.concatenate([np.append(part, np.nan) for part in parts])
+
+
+def _ends(lines: Sequence[Course]) -> tuple[list[float], list[float]]:
+    return [float(line.x[-1]) for line in lines], [float(line.y[-1]) for line in lines]
+
+
+def _course_limits(
+    lines: Sequence[Course], references: Sequence[float], log: bool
+) -> tuple[float, float]:
+    """Range of the runs that ended, with room; of all where none did."""
+    chosen = [line for line in lines if not line.diverged and line.y.any()] or lines
+    y = np.concatenate([*(line.y for line in chosen), np.asarray(references)])
+    y = y[np.isfinite(y) & (y > 0)] if log else y[np.isfinite(y)]
+    if log:
+        low, high = (float(y.min()), float(y.max())) if len(y) else (0.1, 1.0)
+        room = max((high / low) ** 0.08, 1.15)
+        return low / room, high * room
+    low, high = float(y.min()), float(y.max())
+    room = max(0.08 * (high - low), 0.02 * abs(high), 1e-6)
+    # What cannot be negative has no room for it.
+    return (low - room if low < 0 or low > room else -0.25 * room), high + room
 
 
 def trace(name: str, *, chains: FloatArray, description: str) -> str:

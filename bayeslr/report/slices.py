@@ -186,8 +186,13 @@ def _loss_bands(posterior: Posterior, number: int, lr: FloatArray) -> dict[str, 
     return dict(zip(QUANTILES, values, strict=True))
 
 
-def slice_rows(posterior: Posterior, slices: list[Slice]) -> list[dict[str, str | int]]:
-    """Rows of the table of all slices."""
+def slice_rows(
+    posterior: Posterior, slices: list[Slice], log_edge: FloatArray | None
+) -> list[dict[str, str | int]]:
+    """Rows of the table of all slices.
+
+    log_edge: quantiles (3, slice) of ln LR of the divergence edge, if the fit has one.
+    """
     design = posterior.design
     if design is None:
         return []
@@ -207,7 +212,11 @@ def slice_rows(posterior: Posterior, slices: list[Slice]) -> list[dict[str, str 
                 "best": format_lr(one.best_lr) if one.best_lr is not None else "none",
                 "optimum": format_lr(one.star["q50"]) if one.star else "none",
                 "interval_90": interval_text(one.star["q05"], one.star["q95"]) if one.star else "",
-                "edge": one.edge or "",
+                "open_side": one.edge or "",
+                "edge": "not known" if log_edge is None else format_lr(np.exp(log_edge[1, s])),
+                "edge_90": ""
+                if log_edge is None
+                else interval_text(*np.exp(log_edge[[0, 2], s]).tolist()),
             }
         )
     return rows

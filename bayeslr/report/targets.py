@@ -11,10 +11,13 @@ import numpy as np
 from bayeslr import predict
 from bayeslr.report import figures
 from bayeslr.report.text import (
+    edge_text,
     extrapolation_text,
     factor_text,
     interval_text,
     nats_text,
+    octaves_interval,
+    octaves_text,
     risk_text,
     scale_text,
     share_text,
@@ -89,6 +92,7 @@ def target_rows(
                 "regret_q95": nats_text(row["regret_q95"]),
                 "extra_tokens": share_text(row["extra_tokens"]),
                 "p_diverge": _risk(posterior, row["p_diverge"]),
+                "edge": _edge(row),
                 "extrapolation": extrapolation_text(row["extrapolation"]),
                 "far": row["extrapolation"] > FAR,
                 "strip": {**strip, "lr": min(max(place(row["lr"]), 0.0), 176.0)},
@@ -108,6 +112,13 @@ def _family_note(row: dict[str, Any]) -> str:
 def _risk(posterior: Posterior, probability: float) -> str:
     # The two-stage estimator drops diverged runs and knows no edge.
     return "not modelled" if posterior.info["method"] == "two-stage" else risk_text(probability)
+
+
+def _edge(row: dict[str, Any]) -> str:
+    """Octaves from the recommended LR up to the divergence edge; empty where it is not known."""
+    low, middle, high = (row[name] for name in predict.EDGE_COLUMNS)
+    known = math.isfinite(middle)
+    return f"{octaves_text(middle)} ({octaves_interval(low, high)})" if known else ""
 
 
 def tiles(posterior: Posterior, row: dict[str, Any]) -> list[dict[str, str]]:
@@ -138,7 +149,12 @@ def tiles(posterior: Posterior, row: dict[str, Any]) -> list[dict[str, str]]:
         {
             "label": "Risk of divergence",
             "value": _risk(posterior, row["p_diverge"]),
-            "note": "at the recommended LR",
+            "note": "at the recommended LR"
+            + (
+                f", {edge_text(*(row[name] for name in predict.EDGE_COLUMNS))}"
+                if _edge(row)
+                else ""
+            ),
         },
         {
             "label": "Extrapolation",

@@ -50,6 +50,24 @@ def risk_text(probability: float) -> str:
     return "< 0.1 %" if probability < 1e-3 else share_text(probability)
 
 
+def octaves_text(octaves: float) -> str:
+    """A distance in octaves to a tenth, with the typographic minus."""
+    return f"{octaves + 0.0:.1f}".replace("-", "−") if math.isfinite(octaves) else "not known"
+
+
+def octaves_interval(low: float, high: float) -> str:
+    """Two distances in octaves."""
+    return f"{octaves_text(low)} to {octaves_text(high)}"
+
+
+def edge_text(low: float, middle: float, high: float) -> str:
+    """Where an LR lies that is so many octaves (quantiles) below the divergence edge."""
+    side = "below"
+    if middle < 0:
+        low, middle, high, side = -high, -middle, -low, "above"
+    return f"{octaves_text(middle)} octaves {side} the edge (90 %: {octaves_interval(low, high)})"
+
+
 def extrapolation_text(distance: float) -> str:
     """Distance from the data in words and spreads."""
     if not math.isfinite(distance):
