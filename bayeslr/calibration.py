@@ -259,17 +259,12 @@ def one_table(card: Prior, index: int, *, num_runs: int, num_families: int, seed
     for _ in range(_MOST_DRAWN):
         drawn, targets = _drawn(card, num_runs, num_families, rng)
         runs = _recorded(drawn.runs, model, rng)
-        if model != "two-stage":
-            posterior = _fit(runs, card, seed=seed + index)
-            break
         try:
-            posterior = fit(runs, card, method=model, seed=seed + index)
-            break
-        except DataError:  # too few valleys with a vertex: selected by its data alone
+            posterior = _fit(runs, card, model, seed=seed + index)
+        except DataError:  # too few valleys for least squares: selected by its data alone
             continue
-    else:
-        raise SpecError(f"card {card.name!r} draws no run table that {model} can fit")
-    return _judge(drawn, posterior, targets, rng, time.monotonic() - started)
+        return _judge(drawn, posterior, targets, rng, time.monotonic() - started)
+    raise SpecError(f"card {card.name!r} draws no run table that {model} can fit")
 
 
 def _drawn(card: Prior, num_runs: int, num_families: int,
@@ -284,7 +279,6 @@ def _drawn(card: Prior, num_runs: int, num_families: int,
         targets = _targets(card, layout)
         try:
             drawn = simulate(card, layout, rng, targets=targets)
-            build_design(drawn.runs)
         except DataError:
             continue
         clean = drawn.runs.quarantine.empty
@@ -411,8 +405,10 @@ def _recorded(runs: RunTable, model: str, rng: np.random.Generator) -> RunTable:
     return make_table(frame, source=model)
 
 
-def _fit(runs: RunTable, card: Prior, *, seed: int) -> Posterior:
-    """As a refit inside the loop, with sizes that all tables share."""
+def _fit(runs: RunTable, card: Prior, model: str, *, seed: int) -> Posterior:
+    """Least squares; else as a refit inside the loop, with sizes that all tables share."""
+    if model == "two-stage":
+        return fit(runs, card, method=model, seed=seed)
     design = build_design(runs)
     own = valley.sizes_of(design)
     fitting = [s for s in _SIZES if all(own[level] <= s[level] for level in s)]

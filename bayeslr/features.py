@@ -159,7 +159,7 @@ def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntA
     A slice whose runs all have seeds of their own, or all the same, has no orders to tell apart.
     """
     stable = (frame["schedule"] == "wsd") & frame["seed"].notna()
-    line = frame.groupby([*_SHAPE_KEY, "batch_tokens", "lr", "seed"], dropna=False).ngroup()
+    line, _ = _codes(frame, [*_SHAPE_KEY, "batch_tokens", "lr", "seed"])
     trunks = frame[["family"]].assign(
         stable=stable, trunk=frame["run_id"].astype(str).where(~stable, line.astype(str))
     )

@@ -152,7 +152,7 @@ def make_posterior(
         "seed": seed,
         "families": list(families),
         "parametrizations": list(design.parametrizations) if design is not None else [],
-        "param_convention": _convention(runs),
+        "param_convention": convention_of(runs),
         "centre": centre,
         "data_low": low,
         "data_high": high,
@@ -201,7 +201,8 @@ def _dims_of(name: str, values: NDArray[np.float64]) -> tuple[str, ...]:
     return OUTPUTS.get(name, ("family",)) if values.ndim > 2 else ()
 
 
-def _convention(runs: RunTable | None) -> str | None:
+def convention_of(runs: RunTable | None) -> str | None:
+    """How a table counts parameters; None where it does not say."""
     if runs is None:
         return None
     found = runs.frame["param_convention"].dropna().unique()

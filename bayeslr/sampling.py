@@ -210,8 +210,6 @@ def find_mode(
     x[free] += step[free] * y
     hessian = _hessian(compiled, x, data, free)
     for _ in range(3):
-        if not np.isfinite(hessian).all():
-            break
         value, gradient = compiled.value_and_grad(x, data)
         block = hessian[np.ix_(free, free)]
         scales, vectors = np.linalg.eigh(block)
@@ -224,12 +222,6 @@ def find_mode(
             break
         x = trial
         hessian = _hessian(compiled, x, data, free)
-    if not np.isfinite(hessian).all():
-        raise UntrustworthyFit(
-            "no mode of the posterior was found: where the search ended its density is no number. "
-            "Look for rows that contradict each other (bayeslr check), or for a prior card whose "
-            "scales are far from the runs'"
-        )
     for name, at in held(compiled).items():
         hessian[at, at] = 2.0 / prior[name].scale ** 2
     return x, hessian
@@ -281,7 +273,10 @@ def _recentred(x: FloatArray, compiled: CompiledModel, prior: Prior, old: valley
 
 def _hessian(compiled: CompiledModel, x: FloatArray, data: Sequence[Any],
              free: NDArray[np.int64]) -> FloatArray:  # fmt: skip
-    """Forward differences of the gradient: no second compilation."""
+    """Forward differences of the gradient: no second compilation.
+
+    Raises: UntrustworthyFit where they are no numbers.
+    """
     hessian = np.zeros((compiled.size, compiled.size))
     here = np.asarray(compiled.value_and_grad(x, data)[1])
     for i in free:
@@ -289,6 +284,12 @@ def _hessian(compiled: CompiledModel, x: FloatArray, data: Sequence[Any],
         ahead[i] += 1e-7 * max(1.0, abs(x[i]))
         difference = np.asarray(compiled.value_and_grad(ahead, data)[1]) - here
         hessian[i, free] = difference[free] / (ahead[i] - x[i])
+    if not np.isfinite(hessian).all():
+        raise UntrustworthyFit(
+            "no mode of the posterior was found: where the search ended its density is no number. "
+            "Look for rows that contradict each other (bayeslr check), or for a prior card whose "
+            "scales are far from the runs'"
+        )
     return (hessian + hessian.T) / 2
 
 

@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
@@ -149,3 +151,13 @@ def chromium_page(program: str, timeout_s: float = 60.0) -> Iterator[Page]:
             except subprocess.TimeoutExpired:
                 browser.kill()
                 browser.wait()
+
+
+@pytest.fixture(scope="module")
+def page() -> Iterator[Page]:
+    """A tab of its own for the tests of a file; they are skipped where there is no browser."""
+    program = find_chromium()
+    if program is None:
+        pytest.skip("no Chromium here; apt-get install chromium (the gate does)")
+    with chromium_page(program) as tab:
+        yield tab

@@ -29,5 +29,7 @@ def root() -> Path:
     return ROOT
 
 
-# Fixtures of the statistical half. Their modules are imported here, once the environment is set.
+# Fixtures of the browser and of the statistical half. Their modules are imported here, once the
+# environment is set.
+from tests.chromium import page  # noqa: E402, F401
 from tests.model_fixtures import card, fit_again, posterior, table  # noqa: E402, F401

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from bayeslr.compare.scores import Difference, Estimate, Scoreboard, seed_noise
 from bayeslr.compare.verdict import verdict
 from bayeslr.runner_protocol import Trial
 from bayeslr.specs import RunSpec, Target
-from tests.chromium import Page, chromium_page, find_chromium
+from tests.chromium import Page
 
 TARGETS = ("wide <one>", "wider")
 MULTIPLES = (0.5, 1.0, 2.0)
@@ -305,19 +305,15 @@ def test_the_report_is_complete_and_self_contained(world: dict[str, Any]) -> Non
 
 
 @pytest.fixture(scope="module")
-def open_page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int, bool], Page]]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium on this machine")
+def open_page(page: Page, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, bool], Page]:
     path = tmp_path_factory.mktemp("compare") / "report.html"
     path.write_text(render(comparison(), targets()), encoding="utf-8")
-    with chromium_page(program) as page:
 
-        def show(width: int, dark: bool) -> Page:
-            page.open(path, width=width, dark=dark)
-            return page
+    def show(width: int, dark: bool) -> Page:
+        page.open(path, width=width, dark=dark)
+        return page
 
-        yield show
+    return show
 
 
 @pytest.mark.parametrize(("width", "dark"), [(390, False), (1280, False), (1280, True)])

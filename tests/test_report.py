@@ -7,7 +7,6 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ from bayeslr.sensitivity import QUANTITIES
 from bayeslr.specs import Target
 from bayeslr.units import format_lr
 from bayeslr.verdicts import with_verdicts
-from tests.chromium import Page, chromium_page, find_chromium
+from tests.chromium import Page
 
 CENTRE_LR = 2e-3
 
@@ -451,15 +450,6 @@ def test_short_numbers(value: float, text: str) -> None:
 
 
 # In a real browser.
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium here; apt-get install chromium (the gate does)")
-    with chromium_page(program) as tab:
-        yield tab
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from bayeslr.report.stability import (
 from bayeslr.runs import RunTable, make_table, read_runs
 from bayeslr.sampling import fit
 from bayeslr.verdicts import with_verdicts
-from tests.chromium import Page, chromium_page, find_chromium
+from tests.chromium import Page
 from tests.test_report import TARGET, made_up_posterior, made_up_runs, parse
 
 MODULES = ("attention", "router", "expert_up", "expert_down", "head")
@@ -46,6 +45,10 @@ def diagnostics(row: dict[str, Any], share: float) -> dict[str, Any]:
         "update_ratio": dict.fromkeys(MODULES, lr * (0.0001 if row["status"] == "ok" else 1.0)),
         "update_alignment": {m: 0.5 + 0.04 * i for i, m in enumerate(MODULES)},
     }  # fmt: skip
+
+
+def training_of(posterior: Posterior) -> dict[str, Any] | None:
+    return training(posterior, slice_edges(posterior))
 
 
 def recorded_runs(table: RunTable) -> RunTable:
@@ -134,7 +137,7 @@ def test_the_edge_of_a_run_is_that_of_its_likelihood(posterior: Posterior) -> No
 
 
 def test_the_table_says_how_far_below_the_edge_each_run_was(posterior: Posterior) -> None:
-    found = training(posterior)
+    found = training_of(posterior)
     assert found is not None
     rows, headers = found["rows"], [name for name, _ in found["headers"]]
     assert posterior.design is not None
@@ -161,7 +164,7 @@ def test_the_table_says_how_far_below_the_edge_each_run_was(posterior: Posterior
 def test_more_runs_than_a_page_can_hold(posterior: Posterior) -> None:
     """Six shapes and 336 runs: at most three frames, so many lines, and so many rows."""
     many = recorded(made_up_posterior(tuple("abcdef")))
-    found = training(many)
+    found = training_of(many)
     assert found is not None
     assert "the 200 of 336 runs" in found["note"].lower()
     assert len(found["rows"]) == MAX_ROWS
@@ -174,7 +177,7 @@ def test_more_runs_than_a_page_can_hold(posterior: Posterior) -> None:
     drawn = re.search(r"(\d+) lines", by_shape["svg"])
     assert drawn is not None
     assert int(drawn[1]) <= 3 * MAX_LINES
-    few = training(posterior)
+    few = training_of(posterior)
     assert few is not None
     assert "20M of 160M, 200M of 1.6B" in few["figures"][0]["svg"]
 
@@ -202,7 +205,7 @@ def test_the_section_is_in_the_report(html: str) -> None:
 
 
 def test_without_diagnostics_the_edge_is_still_told() -> None:
-    found = training(made_up_posterior())
+    found = training_of(made_up_posterior())
     assert found is not None
     assert found["figures"] == []
     assert "holds no diagnostics" in found["lead"]
@@ -210,8 +213,8 @@ def test_without_diagnostics_the_edge_is_still_told() -> None:
 
 
 def test_least_squares_knows_no_edge() -> None:
-    assert training(fit(made_up_runs(), method="two-stage")) is None
-    found = training(fit(recorded_runs(made_up_runs()), method="two-stage"))
+    assert training_of(fit(made_up_runs(), method="two-stage")) is None
+    found = training_of(fit(recorded_runs(made_up_runs()), method="two-stage"))
     assert found is not None
     assert found["edge"] == ""
     assert "octaves below" not in [name for name, _ in found["headers"]]
@@ -220,21 +223,12 @@ def test_least_squares_knows_no_edge() -> None:
 def test_a_fit_without_divergence_says_whose_the_edge_is(posterior: Posterior) -> None:
     assert posterior.design is not None
     tame = replace(posterior.design, diverged=np.zeros_like(posterior.design.diverged))
-    found = training(replace(posterior, design=tame))
+    found = training_of(replace(posterior, design=tame))
     assert found is not None
     assert "No run diverged" in found["edge"]
 
 
 # In a real browser.
-
-
-@pytest.fixture(scope="module")
-def page() -> Iterator[Page]:
-    program = find_chromium()
-    if program is None:
-        pytest.skip("no Chromium here; apt-get install chromium (the gate does)")
-    with chromium_page(program) as tab:
-        yield tab
 
 
 @pytest.mark.parametrize("width", [390, 1400])

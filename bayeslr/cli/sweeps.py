@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayeslr.cli.words import key_values
 from bayeslr.errors import SpecError, UntrustworthyFit
 
 if TYPE_CHECKING:
@@ -133,15 +133,7 @@ def _launch(launcher: str, storage: str, study: str, out: Path, slots: int, coun
     from bayeslr.runner_protocol import find_entry_point
     from bayeslr.units import counted
 
-    parsed: dict[str, Any] = {}
-    for word in settings:
-        key, equals, value = word.partition("=")
-        if not (key and equals):
-            raise SpecError(f"--setting: expected KEY=VALUE, got {word!r}")
-        try:
-            parsed[key] = json.loads(value)
-        except ValueError:
-            parsed[key] = value
+    parsed = key_values(settings, "--setting")
     place = storage if "://" in storage else str(Path(storage).absolute())
     words = [
         sys.executable, "-c", "from bayeslr.cli import main; main()", "worker",

@@ -23,6 +23,7 @@ from bayeslr.cli.model import (
     wanted_targets,
     write_table,
 )
+from bayeslr.cli.words import key_values
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import TransferRunner, find_entry_point
 from bayeslr.units import format_lr, parse_count
@@ -67,7 +68,7 @@ def show(
 ) -> None:
     """Init, LR, weight decay, epsilon and output of every module group at a target shape."""
     at_base, at_target = point(base, "--base"), point(target, "--target")
-    options = _options(option)
+    options = key_values(option or [], "--option")
     if "tokens" in at_base:
         options.setdefault("base_tokens", at_base["tokens"])
     rules = _transfer_runner(runner, options).transfer_rules(parametrization, at_base, at_target)
@@ -95,7 +96,7 @@ def check(
 
     Prints the log-log slope of every module group's change; --out gets coordinates.svg and .json.
     """
-    options = _options(option)
+    options = key_values(option or [], "--option")
     found = _transfer_runner(runner, options)
     words = [
         f"--axis={axis}", f"--parametrization={parametrization}", f"--factor={factor}",
@@ -136,14 +137,14 @@ def predict(
     the density that they gave to those optima. --out gets the blended predictions.
     """
     from bayeslr.blend import CARDS, blend
+    from bayeslr.posterior import convention_of
     from bayeslr.runs import read_runs
     from bayeslr.runs.files import json_text
 
     table = read_runs(*runs)
-    conventions = table.frame["param_convention"].dropna()
     wanted = wanted_targets(
         targets, n_active=n_active, n_total=n_total, tokens=tokens, batch_tokens=batch_tokens,
-        family=family, convention=conventions.iloc[0] if len(conventions) else None,
+        family=family, convention=convention_of(table),
     )  # fmt: skip
     cards = tuple(dict.fromkeys(card or CARDS))
     if len(cards) < 2:
@@ -200,19 +201,6 @@ def point(text: str, flag: str) -> dict[str, int]:
         if key in found:
             raise SpecError(f"{flag}: key {key!r} stands twice")
         found[key] = 0 if value == "0" else parse_count(value, name=f"{flag}: {key}")
-    return found
-
-
-def _options(words: list[str] | None) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for word in words or []:
-        key, equals, value = word.partition("=")
-        if not equals:
-            raise SpecError(f"--option: expected KEY=VALUE, got {word!r}")
-        try:
-            found[key] = json_module.loads(value)
-        except ValueError:
-            found[key] = value
     return found
 
 

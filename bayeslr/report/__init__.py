@@ -89,6 +89,7 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         if len(chosen) == 1
         else f"Peak LR for {len(chosen)} targets"
     )
+    log_edge = stability.slice_edges(posterior)
     return {
         "version": __version__,
         "written_on": datetime.date.today().isoformat(),
@@ -110,8 +111,8 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "laws": scaling.published_rows(first, row["lr"]),
         "valleys": slices.valley_cards(posterior, pictured),
         "valley_lead": _valley_lead(len(pictured), len(all_slices)),
-        "slices": slices.slice_rows(posterior, all_slices, stability.slice_edges(posterior)),
-        "training": stability.training(posterior),
+        "slices": slices.slice_rows(posterior, all_slices, log_edge),
+        "training": stability.training(posterior, log_edge),
         "exponents": exponents,
         "exponent_sources": scaling.exponent_sources(exponents),
         "exponent_lead": _exponent_lead(posterior),

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from bayeslr.features import Design
     from bayeslr.posterior import Posterior
 
     FloatArray = NDArray[np.float64]
@@ -121,21 +122,27 @@ def _sortable(value: Any) -> Any:
     return 0.0 if isinstance(value, float) and math.isnan(value) else value
 
 
-def training(posterior: Posterior) -> dict[str, Any] | None:
-    """The section's figures, sentences and table; None where nothing is known of the runs."""
-    if posterior.runs is None or posterior.design is None:
+def training(posterior: Posterior, log_edge: FloatArray | None) -> dict[str, Any] | None:
+    """The section's figures, sentences and table; None where nothing is known of the runs.
+
+    log_edge: as `slice_edges` gives it.
+    """
+    design = posterior.design
+    if posterior.runs is None or design is None:
         return None
     frame = posterior.runs.frame
     recorded = courses(frame)
-    edge = slice_edges(posterior)
-    if not recorded and edge is None:
+    away = None  # octaves of each run below the edge, (quantile, run)
+    if log_edge is not None:
+        away = (log_edge[:, design.slice_of_run] - design.log_lr) / math.log(2.0)
+    if not recorded and away is None:
         return None
     first, more = _figures(recorded)
     legend = lr_colours([one.lr for one in recorded])[1] if recorded else []
-    rows, headers, note = _rows(posterior, recorded, edge)
+    rows, headers, note = _rows(posterior, recorded, away)
     return {
         "lead": _lead(recorded, frame),
-        "edge": _edge_sentence(posterior, edge) if edge is not None else "",
+        "edge": _edge_sentence(design, away) if away is not None else "",
         "legend": [
             *legend,
             *([("diverged", "diverged there")] if any(c.diverged for c in recorded) else []),
@@ -286,10 +293,7 @@ def _lead(recorded: Sequence[Course], frame: pd.DataFrame) -> str:
     return text
 
 
-def _edge_sentence(posterior: Posterior, edge: FloatArray) -> str:
-    design = posterior.design
-    assert design is not None
-    away = (edge[:, design.slice_of_run] - design.log_lr) / math.log(2.0)
+def _edge_sentence(design: Design, away: FloatArray) -> str:
     ended = np.flatnonzero(pointwise.has_end(design) & ~design.diverged)
     if not len(ended):
         return ""
@@ -304,7 +308,7 @@ def _edge_sentence(posterior: Posterior, edge: FloatArray) -> str:
 
 
 def _rows(
-    posterior: Posterior, recorded: Sequence[Course], edge: FloatArray | None
+    posterior: Posterior, recorded: Sequence[Course], away: FloatArray | None
 ) -> tuple[list[list[str]], list[tuple[str, str]], str]:
     """Table of the runs, the nearest to the edge first: cells, headers, what was left out."""
     design, runs = posterior.design, posterior.runs
@@ -317,28 +321,26 @@ def _rows(
         name: header for name, header in _COLUMNS.items()
         if any(_value(values, name) is not None for values in last.values())
     }  # fmt: skip
-    away = np.full((len(EDGE_QUANTILES), design.num_runs), math.nan)
-    if edge is not None:
-        away = (edge[:, design.slice_of_run] - design.log_lr) / math.log(2.0)
-    order = np.argsort(away[1], kind="stable")[:MAX_ROWS]
+    near = np.arange(design.num_runs) if away is None else np.argsort(away[1], kind="stable")
+    order = near[:MAX_ROWS]
     rows = []
     for i in order.tolist():
         row = frame.iloc[i]
         values = last.get(str(row["run_id"]), {})
         cells = [str(row["run_id"]), format_lr(row["lr"]), format_quantity(tokens[i])]
         cells.append(str(row["status"]))
-        if edge is not None:
+        if away is not None:
             cells += [octaves_text(away[1, i]), octaves_interval(away[0, i], away[2, i])]
         for name in shown:
             value = _value(values, name)
             cells.append("-" if value is None else figures.short_number(value))
         rows.append(cells)
     headers = [("run", ""), ("LR", ""), ("tokens", ""), ("ended", "")]
-    if edge is not None:
+    if away is not None:
         headers += [("octaves below", "the edge"), ("90 %", "interval")]
     note = f"The {MAX_ROWS} of {design.num_runs} runs" if len(rows) < design.num_runs else ""
     if note:
-        note += " nearest to the edge." if edge is not None else " that come first in the table."
+        note += " nearest to the edge." if away is not None else " that come first in the table."
     return rows, [*headers, *shown.values()], note
 
 
