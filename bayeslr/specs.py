@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 from bayeslr.errors import SpecError
-from bayeslr.units import parse_count, parse_quantity, train_flops
+from bayeslr.units import flops_in, gpu_hours, parse_count, parse_quantity, train_flops
 
 PARAM_CONVENTIONS = ("non_embedding", "total")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
@@ -319,6 +319,7 @@ class Space:
 class Recipe:
     """A sweep: the runs it may ask for, the targets it serves, its global budget in FLOPs.
 
+    ``flops_per_second`` is what one device sustains, where the budget was given in GPU-hours.
     ``run`` holds the fields that every `RunSpec` of the sweep shares (seq_len, schedule,
     weight_decay, ...), ``options`` what the runner alone understands. ``targets`` whose ``shape``
     key names widths get their counts from the runner. ``stop_rule`` ends the sweep where a
@@ -337,6 +338,7 @@ class Recipe:
     space: Space
     targets: tuple[Mapping[str, Any], ...]
     budget_flops: float
+    flops_per_second: float | None = None
     prior: str = "moe-default"
     seed: int = 1
     workers: int = 1
@@ -353,7 +355,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _positive(self, "budget_flops", "workers", "batch_runs", "start_runs")
-        _positive_if_given(self, "max_runs")
+        _positive_if_given(self, "max_runs", "flops_per_second")
         _require(len(self.targets) > 0, f"recipe {self.name}: at least one [[targets]] is needed")
         _require(
             self.strategy in STRATEGIES,
@@ -381,7 +383,8 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
     """Recipe from the parsed TOML (or JSON) document.
 
     Tables: ``[sweep]`` (name, runner, family, budget_flops, ...), ``[space]`` with ``[space.lr]``
-    and ``[[space.shapes]]``, ``[[targets]]``, ``[run]``, ``[options]``.
+    and ``[[space.shapes]]``, ``[[targets]]``, ``[run]``, ``[options]``. In place of budget_flops
+    ``[sweep]`` takes budget_gpu_hours with flops_per_second.
     Raises: SpecError on an unknown key, a missing one, or a value that breaks a rule.
     """
     check_keys(raw, ["sweep", "space", "targets", "run", "options"], where)
@@ -389,14 +392,13 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         _require(table in raw, f"{where}: [{table}] is missing")
     sweep, space = dict(raw["sweep"]), dict(raw["space"])
     outside = ("space", "targets", "run", "options")
-    check_keys(sweep, [n for n in _field_names(Recipe) if n not in outside], f"{where}, [sweep]")
+    allowed = [n for n in _field_names(Recipe) if n not in outside]
+    check_keys(sweep, [*allowed, "budget_gpu_hours"], f"{where}, [sweep]")
     check_keys(space, _field_names(Space), f"{where}, [space]")
     check_keys(space.get("lr", {}), _field_names(LrGrid), f"{where}, [space.lr]")
     try:
-        if "budget_flops" in sweep:
-            sweep["budget_flops"] = parse_quantity(sweep["budget_flops"], name="budget_flops")
         return Recipe(
-            **sweep,
+            **_with_budget(sweep, f"{where}, [sweep]"),
             space=Space(
                 lr=LrGrid(**space["lr"]),
                 tokens=tuple(parse_count(t, name="space.tokens") for t in space["tokens"]),
@@ -413,6 +415,23 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
         raise SpecError(f"{where}: key {error.args[0]!r} is missing") from error
     except TypeError as error:
         raise SpecError(f"{where}: {error}") from error
+
+
+def _with_budget(sweep: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The table with its budget in FLOPs, however it was given. Raises: SpecError."""
+    sweep = dict(sweep)
+    given = [n for n in ("budget_flops", "budget_gpu_hours", "flops_per_second") if n in sweep]
+    if given not in (["budget_flops"], ["budget_gpu_hours", "flops_per_second"]):
+        raise SpecError(
+            f"{where}: the budget is either budget_flops, or budget_gpu_hours together with "
+            "flops_per_second, what one device sustains (its peak times the utilisation, as in "
+            f"4e14); got {' and '.join(given) or 'none of them'}"
+        )
+    for name in given:
+        sweep[name] = parse_quantity(sweep[name], name=f"{where}: {name}")
+    if hours := sweep.pop("budget_gpu_hours", None):
+        sweep["budget_flops"] = flops_in(hours, sweep["flops_per_second"])
+    return sweep
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
@@ -441,6 +460,10 @@ def load_recipe(path: str | Path) -> Recipe:
 def recipe_document(recipe: Recipe) -> dict[str, Any]:
     """The document that `parse_recipe` reads back to an equal recipe (JSON-safe)."""
     raw = dataclasses.asdict(recipe)
+    if recipe.flops_per_second is not None:
+        hours = gpu_hours(raw.pop("budget_flops"), recipe.flops_per_second)
+        # To twelve figures, so that hours are read back as they were written.
+        raw["budget_gpu_hours"] = float(f"{hours:.12g}")
     return {
         "space": raw.pop("space"),
         "targets": list(raw.pop("targets")),

@@ -62,6 +62,8 @@ def format_interval(low: float, high: float) -> str:
     return f"90 % interval {format_lr(low)} to {format_lr(high)}"
 
 
+SECONDS_PER_HOUR = 3600.0
+
 MOST_EXTRA_TOKENS = 100.0
 """Extra tokens, as a share of a target's own, are counted up to here."""
 
@@ -86,6 +88,29 @@ def counted_past(number: float, thing: str) -> str:
 def train_flops(n_active: float, tokens: float) -> float:
     """FLOPs of training: 6 per active parameter and token (Kaplan et al. 2020, section 2.1)."""
     return 6.0 * n_active * tokens
+
+
+def gpu_hours(flops: float, flops_per_second: float) -> float:
+    """GPU-hours that a device needs at a sustained rate, its peak times the utilisation (MFU)."""
+    return flops / flops_per_second / SECONDS_PER_HOUR
+
+
+def flops_in(hours: float, flops_per_second: float) -> float:
+    """FLOPs that a device does in so many hours at a sustained rate."""
+    return hours * SECONDS_PER_HOUR * flops_per_second
+
+
+def format_flops(flops: float, flops_per_second: float | None = None) -> str:
+    """FLOPs, GPU-hours beside them where a rate is known: ``2.88e+19 FLOPs (20 GPU-hours)``."""
+    text = f"{format_quantity(flops)} FLOPs"
+    if flops_per_second is None:
+        return text
+    return f"{text} ({format_hours(gpu_hours(flops, flops_per_second))})"
+
+
+def format_hours(hours: float) -> str:
+    """GPU-hours to three figures: ``0.0125 GPU-hours``, ``1,250 GPU-hours``."""
+    return f"{hours:,.0f} GPU-hours" if hours >= 1000 else f"{hours:.3g} GPU-hours"
 
 
 def bits_to_nats(bits: float) -> float:

@@ -98,7 +98,7 @@ def choose(
     return Plan(tuple(chosen))
 
 
-def report(posterior: FakePosterior, path: Path, *, targets: Any, validation: Any = ()) -> None:
+def report(posterior: FakePosterior, path: Path, *, validation: Any = (), **_: Any) -> None:
     path.write_text("\n".join(["<html>", *validation]))
 
 

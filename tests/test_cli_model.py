@@ -23,7 +23,7 @@ from bayeslr.runner_protocol import find_runner, spec_row
 from bayeslr.runs import RunTable, make_table
 from bayeslr.space import candidates
 from bayeslr.specs import parse_recipe
-from tests.fakes import toy_recipe, write_recipe
+from tests.fakes import changed, toy_recipe, write_recipe
 from tests.model_fixtures import run_record
 from tests.test_acquire import space_recipe
 
@@ -361,6 +361,47 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
         assert (code, told in err) == (2, True), err
     code, text, _ = bayeslr("plan", folder, "--space", recipe, "--budget", "1e9")
     assert "Nothing more pays: no run fits" in text
+
+
+def test_plan_takes_gpu_hours(bayeslr: Any, folder: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "recipe.toml", space_recipe())
+    words = ("plan", folder, "--space", recipe, "--runs", "2")
+    hours = ("--gpu-hours", "50", "--flops-per-second", "4e14")
+    code, text, err = bayeslr(*words, *hours)
+    assert code == 0, err
+    assert text.startswith("Budget: 72,000,000,000,000,000,000 FLOPs, 50 GPU-hours at 400T FLOP/s")
+    assert "GPU-hours  saves, nats" in text
+    document = json.loads(bayeslr(*words, *hours, "--json")[1])
+    assert (document["budget_gpu_hours"], document["flops_per_second"]) == (50, 4e14)
+    assert document["proposals"]
+    for proposal in document["proposals"]:
+        assert proposal["gpu_hours"] == pytest.approx(proposal["flops"] / 3600 / 4e14)
+    assert math.fsum(p["gpu_hours"] for p in document["proposals"]) <= 50
+    changes = {"sweep__budget_flops": None, "sweep__budget_gpu_hours": 1}
+    timed = {**changes, "sweep__flops_per_second": 4e14}
+    recipe = write_recipe(tmp_path / "timed.toml", changed(space_recipe(), timed))
+    words = ("plan", folder, "--space", recipe, "--runs", "1")
+    assert "50 GPU-hours at 400T FLOP/s" in bayeslr(*words, "--gpu-hours", "50")[1]
+    assert "25 GPU-hours at 400T FLOP/s" in bayeslr(*words, "--budget", "3.6e19")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ((), "got none of them"),
+        (("--budget", "1e18", "--gpu-hours", "3"), "got --budget and --gpu-hours"),
+        (("--budget", "1e18", "--flops-per-second", "1e14"), "got --budget and --flops-per-second"),
+        (("--gpu-hours", "3"), "--gpu-hours needs --flops-per-second"),
+        (("--gpu-hours", "0", "--flops-per-second", "1e14"), "--gpu-hours must be finite and > 0"),
+        (("--gpu-hours", "1", "--flops-per-second", "nan"), "--flops-per-second must be a number"),
+    ],
+)
+def test_plan_needs_one_whole_budget(
+    bayeslr: Any, folder: Path, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    recipe = write_recipe(tmp_path / "recipe.toml", space_recipe())
+    code, _, err = bayeslr("plan", folder, "--space", recipe, *words)
+    assert (code, told in " ".join(err.split())) == (2, True), err
 
 
 def test_a_sweep_is_described_in_json(bayeslr: Any, tmp_path: Path) -> None:

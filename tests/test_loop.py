@@ -129,6 +129,47 @@ def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
     assert 5e12 < result.spent_flops <= 6e12
 
 
+TIMED = """
+import json, sys
+from bayeslr_runners.toy import loss_of
+spec = json.load(open(sys.argv[1]))
+with open(sys.argv[2], "a") as records:
+    for tokens in spec["decay_at"]:
+        seconds = 6 * spec["n_active"] * tokens / 2e9
+        row = dict(tokens=tokens, loss=loss_of(spec, tokens), wall_s=seconds)
+        records.write(json.dumps(row) + chr(10))
+"""
+
+
+def test_a_budget_in_gpu_hours_is_kept_and_said(tmp_path: Path) -> None:
+    """6e12 FLOPs as hours, on devices that the records then show to be twice as fast."""
+    rate = 1e9
+    argv = ["{python}", "-c", TIMED, "{spec}", "{records}"]
+    hours = {"sweep__budget_flops": None, "sweep__budget_gpu_hours": 6e12 / 3600 / rate}
+    result, lines = sweep(
+        tmp_path, **hours, sweep__flops_per_second=rate, options__argv=argv, sweep__max_runs=8
+    )
+    assert 0 < result.spent_flops <= result.recipe.budget_flops == pytest.approx(6e12)
+    assert "budget_gpu_hours = 1.6666" in (tmp_path / "recipe.toml").read_text()
+    status = open_status(str(tmp_path))
+    assert status["flops_per_second"] == rate
+    assert status["budget_gpu_hours"] == pytest.approx(6e12 / 3600 / rate)
+    assert status["spent_gpu_hours"] == pytest.approx(status["spent_flops"] / 3600 / rate)
+    measured = status["measured"]
+    assert measured["runs"] == 8
+    assert measured["flops_per_second"] == pytest.approx(2e9, rel=0.3)
+    told = "\n".join(status_lines(status))
+    assert "of 6T FLOPs (1.67 GPU-hours)" in told
+    assert "8 ended runs trained for" in told
+    assert "where the recipe says 1B: at that pace the whole budget takes" in told
+    # More hours go on, and what was spent before counts.
+    hours["sweep__budget_gpu_hours"] = 2 * 6e12 / 3600 / rate
+    more, lines = sweep(tmp_path, **hours, sweep__flops_per_second=rate, options__argv=argv)
+    assert more.stop.kind == "budget"
+    assert 6e12 < more.spent_flops <= 1.2e13
+    assert "12T FLOPs (3.33 GPU-hours) are left" in lines[-1]
+
+
 def test_another_recipe_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     sweep(tmp_path, sweep__max_runs=2)
     with pytest.raises(SpecError, match=r"another recipe: space\.tokens, sweep\.seed differ"):
@@ -556,7 +597,7 @@ def test_every_shipped_recipe_can_begin(root: Path) -> None:
 
 
 def test_a_budget_below_the_cheapest_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(SpecError, match=r"budget_flops .* is below the cheapest run"):
+    with pytest.raises(SpecError, match=r"the budget of 1K FLOPs is below the cheapest run"):
         sweep(tmp_path, sweep__budget_flops=1e3)
 
 

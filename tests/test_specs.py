@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from bayeslr.errors import SpecError
 from bayeslr.specs import (
@@ -212,6 +215,49 @@ def test_recipe_document_is_the_inverse_of_parse() -> None:
     parsed = parse_recipe(RECIPE)
     document = json.loads(json.dumps(recipe_document(parsed)))
     assert parse_recipe(document) == parsed
+
+
+def in_hours(hours: Any = 20, rate: Any = 4e14, **changes: Any) -> dict[str, Any]:
+    changes |= {"sweep__budget_gpu_hours": hours, "sweep__flops_per_second": rate}
+    return recipe(**{"sweep__budget_flops": None, **changes})
+
+
+def test_a_budget_in_gpu_hours_is_one_in_flops() -> None:
+    parsed = parse_recipe(in_hours("20", "4e14"))
+    assert (parsed.budget_flops, parsed.flops_per_second) == (2.88e19, 4e14)
+
+
+@given(st.floats(1e-6, 1e9), st.floats(1e3, 1e22))
+def test_hours_are_read_back_as_written(hours: float, rate: float) -> None:
+    parsed = parse_recipe(in_hours(hours, rate))
+    document = json.loads(json.dumps(recipe_document(parsed)))
+    assert document["sweep"]["budget_gpu_hours"] == pytest.approx(hours, rel=1e-11)
+    again = parse_recipe(document)
+    assert again.budget_flops == pytest.approx(parsed.budget_flops, rel=1e-11)
+    assert json.loads(json.dumps(recipe_document(again))) == document
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"budget_flops": 1e14, "budget_gpu_hours": 1, "flops_per_second": 1},
+         "got budget_flops and budget_gpu_hours and flops_per_second"),
+        ({"budget_flops": 1e14, "budget_gpu_hours": 1}, "got budget_flops and budget_gpu_hours"),
+        ({"budget_flops": 1e14, "flops_per_second": 1}, "got budget_flops and flops_per_second"),
+        ({"budget_gpu_hours": 1}, "together with flops_per_second.*got budget_gpu_hours"),
+        ({"flops_per_second": 1e14}, "got flops_per_second"),
+        ({}, "got none of them"),
+        ({"budget_gpu_hours": 0, "flops_per_second": 1}, "budget_gpu_hours must be finite and > 0"),
+        ({"budget_gpu_hours": math.nan, "flops_per_second": 1}, "budget_gpu_hours must be finite"),
+        ({"budget_gpu_hours": 1, "flops_per_second": 0}, "flops_per_second must be finite and > 0"),
+        ({"budget_gpu_hours": 1, "flops_per_second": "fast"}, "flops_per_second must be a number"),
+    ],
+)  # fmt: skip
+def test_one_budget_is_given_and_whole(change: dict[str, Any], message: str) -> None:
+    document = recipe(sweep__budget_flops=None)
+    document["sweep"] |= change
+    with pytest.raises(SpecError, match=rf"recipe, \[sweep\]: .*{message}"):
+        parse_recipe(document)
 
 
 @pytest.mark.parametrize(

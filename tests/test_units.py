@@ -10,9 +10,12 @@ from bayeslr.errors import BayeslrError, SpecError
 from bayeslr.units import (
     bits_to_nats,
     counted,
+    flops_in,
+    format_flops,
     format_interval,
     format_lr,
     format_quantity,
+    gpu_hours,
     parse_count,
     parse_quantity,
     train_flops,
@@ -106,3 +109,11 @@ def test_words_for_people() -> None:
     assert format_lr(5.6e-4) == "5.60e-4"
     assert format_lr(math.nan) == "nan"
     assert format_interval(2e-4, 8e-4) == "90 % interval 2.00e-4 to 8.00e-4"
+
+
+def test_gpu_hours_are_flops_at_a_sustained_rate() -> None:
+    assert flops_in(20, 4e14) == 2.88e19
+    assert gpu_hours(2.88e19, 4e14) == pytest.approx(20, rel=1e-15)
+    assert format_flops(2.88e19) == "2.88e+19 FLOPs"
+    assert format_flops(2.88e19, 4e14) == "2.88e+19 FLOPs (20 GPU-hours)"
+    assert format_flops(7.2e22, 4e14) == "7.2e+22 FLOPs (50,000 GPU-hours)"

@@ -10,10 +10,14 @@ import typer
 from bayeslr.cli.model import risk
 from bayeslr.errors import SpecError, StorageError
 from bayeslr.units import (
+    flops_in,
     format_extra_tokens,
+    format_flops,
+    format_hours,
     format_interval,
     format_lr,
     format_quantity,
+    gpu_hours,
     parse_quantity,
 )
 
@@ -26,7 +30,19 @@ if TYPE_CHECKING:
 def plan(
     fit: Annotated[Path, typer.Argument(help="Fit folder.", show_default=False)],
     space: Annotated[str, typer.Option("--space", help="Recipe whose space to choose from.")],
-    budget: Annotated[str, typer.Option("--budget", help="FLOPs to spend, such as 1e18.")],
+    budget: Annotated[
+        str | None, typer.Option("--budget", help="FLOPs to spend, such as 1e18.")
+    ] = None,
+    hours: Annotated[
+        str | None, typer.Option("--gpu-hours", help="GPU-hours to spend, instead of --budget.")
+    ] = None,
+    rate: Annotated[
+        str | None,
+        typer.Option(
+            "--flops-per-second",
+            help="With --gpu-hours: FLOP/s that one device sustains [default: the recipe's].",
+        ),
+    ] = None,
     num_runs: Annotated[
         int | None, typer.Option("--runs", min=1, help="At most so many runs.")
     ] = None,
@@ -49,22 +65,61 @@ def plan(
 
     if out is not None and out.suffix not in ("", ".jsonl", ".json"):
         raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
-    flops = parse_quantity(budget, name="--budget")
     posterior, recipe = load(fit), open_recipe(space)
+    flops, flops_per_second = _budget(budget, hours, rate, recipe.flops_per_second)
     found = make_plan(posterior, recipe, budget_flops=flops, num_runs=num_runs)
     table = predict(posterior, targets_of(recipe, find_runner(recipe)))
     if out is not None:
         _write_specs(out, found)
     if json:
-        plan = {"budget_flops": flops, **dataclasses.asdict(found), "predictions": table}
+        plan = {
+            "budget_flops": flops,
+            "flops_per_second": flops_per_second,
+            **dataclasses.asdict(found),
+            "predictions": table,
+        }
+        if flops_per_second is not None:
+            plan["budget_gpu_hours"] = gpu_hours(flops, flops_per_second)
+            for proposal in plan["proposals"]:
+                proposal["gpu_hours"] = gpu_hours(proposal["flops"], flops_per_second)
         typer.echo(json_text(plan))
         return
     rows: list[dict[Any, Any]] = table.to_dict("records")
-    typer.echo(f"Budget: {flops:,.0f} FLOPs")
-    for line in _lines(found, rows):
+    echoed = f"Budget: {flops:,.0f} FLOPs"
+    if flops_per_second is not None:
+        in_hours = format_hours(gpu_hours(flops, flops_per_second))
+        echoed += f", {in_hours} at {format_quantity(flops_per_second)} FLOP/s"
+    typer.echo(echoed)
+    for line in _lines(found, rows, flops_per_second):
         typer.echo(line)
     if out is not None and found.proposals:
         typer.echo(f"Run specs written to {out}")
+
+
+def _budget(
+    flops: str | None, hours: str | None, rate: str | None, recipes_rate: float | None
+) -> tuple[float, float | None]:
+    """FLOPs to spend and, where it is known, the FLOP/s that put them in GPU-hours.
+
+    Raises: SpecError unless exactly one of the two budgets is given, and hours with a rate.
+    """
+    if (flops is None) == (hours is None) or (rate is not None and hours is None):
+        options = {"--budget": flops, "--gpu-hours": hours, "--flops-per-second": rate}
+        given = [name for name, value in options.items() if value is not None]
+        raise SpecError(
+            "the budget is either --budget in FLOPs, or --gpu-hours with --flops-per-second; got "
+            f"{' and '.join(given) or 'none of them'}"
+        )
+    given_rate = None if rate is None else parse_quantity(rate, name="--flops-per-second")
+    known = given_rate or recipes_rate
+    if flops is not None:
+        return parse_quantity(flops, name="--budget"), known
+    if known is None:
+        raise SpecError(
+            "--gpu-hours needs --flops-per-second, what one device sustains (its peak times the "
+            "utilisation, as in 4e14), here or in the recipe"
+        )
+    return flops_in(parse_quantity(str(hours), name="--gpu-hours"), known), known
 
 
 def _write_specs(out: Path, found: Plan) -> None:
@@ -84,7 +139,9 @@ def _write_specs(out: Path, found: Plan) -> None:
         write_atomically(out / f"{spec.run_id}.json", f"{spec.to_json()}\n".encode())
 
 
-def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
+def _lines(
+    found: Plan, predictions: Sequence[dict[Any, Any]], flops_per_second: float | None = None
+) -> list[str]:
     lines = ["If nothing more is run:"]
     lines += [
         f"  {row['target_id']}: peak LR {format_lr(row['lr'])} "
@@ -96,7 +153,8 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     if not found.proposals:
         return [*lines, "", f"Nothing more pays: {found.stop_reason}."]
     head = ("model", "tokens", "batch", "LR", "FLOPs", "saves, nats", "saves, FLOPs", "diverges")
-    cells = [head] + [
+    cells: list[tuple[str, ...]] = [head]
+    cells += [
         (
             str(p.spec.shape.get("name", format_quantity(p.spec.n_active))),
             format_quantity(p.spec.tokens), format_quantity(p.spec.batch_tokens),
@@ -105,7 +163,11 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
         )
         for p in found.proposals
     ]  # fmt: skip
-    widths = [max(len(row[i]) for row in cells) for i in range(len(head))]
+    if flops_per_second is not None:
+        rate = flops_per_second
+        column = ["GPU-hours", *(f"{gpu_hours(p.flops, rate):.3g}" for p in found.proposals)]
+        cells = [(*row[:5], hour, *row[5:]) for row, hour in zip(cells, column, strict=True)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
     lines += ["", "Next runs, the best first:"]
     for number, row in enumerate(cells):
         first = f"{number:>4}" if number else "    "
@@ -123,7 +185,8 @@ def _lines(found: Plan, predictions: Sequence[dict[Any, Any]]) -> list[str]:
     runs = "One more run" if count == 1 else f"{count} more runs"
     return [
         *lines, "",
-        f"{runs}, {format_quantity(cost)} FLOPs, would save an expected {format_quantity(saved)} "
-        "FLOPs at the targets: their mean regret, were valleys plain parabolas, falls from "
-        f"{found.regret_now:.2g} to {found.regret_after:.2g} nats. Then stop: {found.stop_reason}.",
+        f"{runs}, {format_flops(cost, flops_per_second)}, would save an expected "
+        f"{format_flops(saved, flops_per_second)} at the targets: their mean regret, were valleys "
+        f"plain parabolas, falls from {found.regret_now:.2g} to {found.regret_after:.2g} nats. "
+        f"Then stop: {found.stop_reason}.",
     ]  # fmt: skip

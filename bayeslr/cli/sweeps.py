@@ -180,16 +180,17 @@ class Lines:
 
 
 def _print_summary(result: SweepResult) -> None:
-    from bayeslr.units import format_quantity
+    from bayeslr.units import format_flops
     from bayeslr.verdicts import verdict_lines
 
     spent, budget = result.spent_flops, result.recipe.budget_flops
+    rate = result.recipe.flops_per_second
     _echo(
-        f"{result.runs.frame['run_id'].nunique()} runs, {format_quantity(spent)} FLOPs "
+        f"{result.runs.frame['run_id'].nunique()} runs, {format_flops(spent, rate)} "
         f"({spent / budget:.0%} of the budget); stopped: {result.stop.reason}"
     )
     if result.early.runs:
-        _echo(result.early.line())
+        _echo(result.early.line(rate))
     rows: list[dict[str, Any]] = result.predictions.to_dict("records")  # type: ignore[assignment]
     for row in rows:
         _echo(f"{row['target_id']}: {row['sentence']}")
@@ -212,27 +213,28 @@ def _require_trust(result: SweepResult) -> None:
 
 
 def _print_description(plan: dict[str, Any]) -> None:
-    from bayeslr.units import format_quantity as quantity
+    from bayeslr.units import format_flops
 
-    lrs = plan["lrs"]
+    lrs, rate = plan["lrs"], plan["flops_per_second"]
+    pace = "" if rate is None else f" at {rate:.6g} FLOP/s"
     _echo(
-        f"sweep {plan['name']}: runner {plan['runner']}, budget {quantity(plan['budget_flops'])} "
-        f"FLOPs ({plan['budget_flops']:.6g})",
+        f"sweep {plan['name']}: runner {plan['runner']}, budget "
+        f"{format_flops(plan['budget_flops'], rate)} ({plan['budget_flops']:.6g}){pace}",
         f"LRs: {len(lrs)} from {lrs[0]:.4g} to {lrs[-1]:.4g}",
         "cells (one run each LR):",
     )
     for cell in plan["cells"]:
         _echo(
             f"  {cell['shape']:<16} N={cell['n_active']} of {cell['n_total']}  D={cell['tokens']}  "
-            f"batch={cell['batch_tokens']}  {quantity(cell['flops_per_run'])} FLOPs a run  "
+            f"batch={cell['batch_tokens']}  {format_flops(cell['flops_per_run'], rate)} a run  "
             f"losses at {', '.join(str(t) for t in cell['decay_at'])} tokens"
         )
-    _echo(f"first runs ({quantity(plan['start_flops'])} FLOPs):")
-    _echo(*(f"  {run['run_id']}  {quantity(run['flops'])} FLOPs" for run in plan["start"]))
+    _echo(f"first runs, {format_flops(plan['start_flops'], rate)}:")
+    _echo(*(f"  {run['run_id']}  {format_flops(run['flops'], rate)}" for run in plan["start"]))
     for target in plan["targets"]:
         _echo(
             f"target {target['target_id']}: N={target['n_active']:.0f} of {target['n_total']:.0f}, "
-            f"D={target['tokens']:.0f}, {quantity(target['flops'])} FLOPs"
+            f"D={target['tokens']:.0f}, {format_flops(target['flops'], rate)}"
         )
 
 

@@ -39,9 +39,10 @@ from bayeslr.loop.worker import Progress, Stop, Worker, silent
 from bayeslr.runner_protocol import Runner, Study, find_entry_point, find_runner, mask_password
 from bayeslr.space import candidates, cell_of, targets_of, weights_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
+from bayeslr.units import format_flops, gpu_hours
 
-MUTABLE = ("budget_flops", "max_runs", "batch_runs", "workers", "early_ends", "repeats",
-           "validate_target")  # fmt: skip
+MUTABLE = ("budget_flops", "budget_gpu_hours", "flops_per_second", "max_runs", "batch_runs",
+           "workers", "early_ends", "repeats", "validate_target")  # fmt: skip
 """What a recipe may change between two starts of one sweep."""
 
 _VERSIONED = ("bayeslr", "jax", "numpyro", "pymc", "numpy", "pandas", "optuna", "torch")
@@ -120,6 +121,7 @@ def sweep(
             out / "report.html",
             targets=targets_of(recipe, runner),
             validation=lines,
+            flops_per_second=recipe.flops_per_second,
         )
         if not result.posterior.trustworthy:
             progress(f"The last fit failed its checks. What helps: {advice(recipe, out)}")
@@ -218,8 +220,10 @@ def check_recipe(recipe: Recipe, runner: Runner) -> list[Target]:
     cheapest = min(candidates(recipe, runner), key=lambda p: p.flops)
     if cheapest.flops > recipe.budget_flops:
         raise SpecError(
-            f"recipe {recipe.name}: budget_flops ({recipe.budget_flops:.4g}) is below the cheapest "
-            f"run ({cheapest.spec.run_id}, {cheapest.flops:.4g} FLOPs)"
+            f"recipe {recipe.name}: the budget of "
+            f"{format_flops(recipe.budget_flops, recipe.flops_per_second)} is below the cheapest "
+            f"run ({cheapest.spec.run_id}, "
+            f"{format_flops(cheapest.flops, recipe.flops_per_second)})"
         )
     return targets
 
@@ -246,10 +250,13 @@ def describe(recipe: Recipe) -> dict[str, Any]:
             },
         )["num_lrs"] += 1
     start = first_runs(recipe, runner)
+    rate = recipe.flops_per_second
     return {
         "name": recipe.name,
         "runner": recipe.runner,
         "budget_flops": recipe.budget_flops,
+        "flops_per_second": rate,
+        "budget_gpu_hours": rate and gpu_hours(recipe.budget_flops, rate),
         "lrs": list(recipe.space.lr.values()),
         "cells": list(cells.values()),
         "start": [{"run_id": p.spec.run_id, "lr": p.spec.lr, "flops": p.flops} for p in start],

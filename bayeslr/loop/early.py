@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from bayeslr.runner_protocol import Trial
 from bayeslr.specs import RunSpec
-from bayeslr.units import counted_past, format_quantity
+from bayeslr.units import counted_past, format_flops, format_quantity
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -96,12 +96,12 @@ class EarlyEnds:
     spent_flops: float
     wrongful: tuple[str, ...] = ()
 
-    def line(self) -> str:
-        """For people."""
+    def line(self, flops_per_second: float | None = None) -> str:
+        """For people; with GPU-hours where a rate is known."""
         text = (
             f"{counted_past(len(self.runs), 'run')} stopped early: "
-            f"{format_quantity(self.saved_flops)} FLOPs saved, "
-            f"{format_quantity(self.spent_flops)} spent on them"
+            f"{format_flops(self.saved_flops, flops_per_second)} saved, "
+            f"{format_flops(self.spent_flops, flops_per_second)} spent on them"
         )
         if self.wrongful:
             text += f"; by the last fit wrongly so: {', '.join(self.wrongful)}"

@@ -25,7 +25,7 @@ from bayeslr.space import (
     weights_of,
 )
 from bayeslr.specs import Recipe, Target
-from bayeslr.units import format_interval, format_lr, format_quantity
+from bayeslr.units import format_flops, format_interval, format_lr, format_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,9 +100,9 @@ class Planner:
             cheapest = min(p.flops for p in pool)
             return Stop(
                 kind="budget",
-                reason=f"{format_quantity(left)} of {format_quantity(recipe.budget_flops)} FLOPs "
-                f"are left, and the cheapest run that is not made yet costs "
-                f"{format_quantity(cheapest)}",
+                reason=f"{format_quantity(left)} of "
+                f"{format_flops(recipe.budget_flops, recipe.flops_per_second)} are left, and the "
+                f"cheapest run that is not made yet costs {format_quantity(cheapest)}",
             )
         if recipe.strategy in DESIGNS and (batch or recipe.strategy == "classical"):
             limit = None if recipe.max_runs is None else recipe.max_runs - len(trials)

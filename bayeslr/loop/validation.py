@@ -13,7 +13,7 @@ from bayeslr.loop.worker import Due
 from bayeslr.runner_protocol import Runner, Trial
 from bayeslr.space import run_spec
 from bayeslr.specs import Recipe, Target
-from bayeslr.units import format_interval, format_lr, format_quantity
+from bayeslr.units import format_flops, format_interval, format_lr, format_quantity
 
 MULTIPLES = (1.0, 0.5, 2.0)
 
@@ -137,7 +137,7 @@ def validation_summary(recipe: Recipe, target: Target, flops: float) -> str:
     return (
         f"training the target {target.target_id} itself at three LRs "
         f"(N={format_quantity(target.n_active)}, D={format_quantity(target.tokens)}, "
-        f"{format_quantity(flops)} FLOPs, beside the budget of {recipe.name})"
+        f"{format_flops(flops, recipe.flops_per_second)}, beside the budget of {recipe.name})"
     )
 
 

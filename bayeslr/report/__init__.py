@@ -32,6 +32,7 @@ def report(
     *,
     targets: Sequence[Target] | None = None,
     validation: Sequence[str] = (),
+    flops_per_second: float | None = None,
 ) -> Path:
     """Write the report of a fit as one HTML file that needs nothing else.
 
@@ -46,6 +47,8 @@ def report(
         compute of the largest run.
     validation
         Lines that say what came of training the target for real, if that was done.
+    flops_per_second
+        What one device sustains: GPU-hours then stand beside FLOPs.
 
     Returns
     -------
@@ -60,7 +63,8 @@ def report(
         The file cannot be written.
     """
     path = Path(path)
-    write_atomically(path, render(posterior, targets, validation).encode("utf-8"))
+    page = render(posterior, targets, validation, flops_per_second)
+    write_atomically(path, page.encode("utf-8"))
     return path
 
 
@@ -68,12 +72,15 @@ def render(
     posterior: Posterior,
     given: Sequence[Target] | None = None,
     validation: Sequence[str] = (),
+    flops_per_second: float | None = None,
 ) -> str:
     """The report's HTML."""
-    return render_page("bayeslr.report", _page(posterior, list(given or []), validation))
+    page = _page(posterior, list(given or []), validation, flops_per_second)
+    return render_page("bayeslr.report", page)
 
 
-def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) -> dict[str, Any]:
+def _page(posterior: Posterior, given: list[Target], validation: Sequence[str],
+          flops_per_second: float | None) -> dict[str, Any]:  # fmt: skip
     """Everything that the template shows."""
     posterior = checks.checked(posterior)
     chosen = given or [targets.example_target(posterior)]
@@ -122,7 +129,7 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str]) 
         "diagnostics": provenance.diagnostics(posterior),
         "sampler_lead": provenance.sampler_lead(posterior) if _sampled(posterior) else "",
         "traces": provenance.traces(posterior),
-        "facts": provenance.facts(posterior),
+        "facts": provenance.facts(posterior, flops_per_second),
         "quarantine": provenance.quarantine(posterior),
         "priors": provenance.prior_rows(posterior),
         "numbers": json.dumps(

@@ -13,7 +13,7 @@ from bayeslr.report import figures
 from bayeslr.report.targets import FAR
 from bayeslr.runs import total_flops
 from bayeslr.specs import Target
-from bayeslr.units import counted, format_quantity
+from bayeslr.units import counted, format_flops
 
 if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
@@ -152,8 +152,8 @@ def sampler_lead(posterior: Posterior) -> str:
     )
 
 
-def facts(posterior: Posterior) -> list[tuple[str, str]]:
-    """Data, prior, method, seed and versions."""
+def facts(posterior: Posterior, flops_per_second: float | None = None) -> list[tuple[str, str]]:
+    """Data, prior, method, seed and versions; GPU-hours too where a rate is known."""
     info, prior, runs = posterior.info, posterior.prior, posterior.runs
     found = []
     if runs is not None and posterior.design is not None:
@@ -168,7 +168,7 @@ def facts(posterior: Posterior) -> list[tuple[str, str]]:
                      f"{info['num_slices']} slices"),
             ("Families, rows", listed),
             ("Compute",
-             f"{format_quantity(total_flops(runs.frame))} FLOPs, each run at its longest"),
+             f"{format_flops(total_flops(runs.frame), flops_per_second)}, each run at its longest"),
             ("Parameters", f"counted as {str(info['param_convention']).replace('_', '-')}"),
             ("Rows set aside", f"{info['num_quarantined']}"),
             ("Data, SHA-256", str(info["data_hash"])),
