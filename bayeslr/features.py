@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import SHAPE_KEYS, common_horizon, last_word
+from bayeslr.runs import COVARIATES, SHAPE_KEYS, common_horizon, last_word
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,6 +46,10 @@ class Design:
     ``log_tokens``, ``annealed`` (cell,), false for losses read off before the LR had decayed.
     Shapes: ``family_of_shape``, ``log_n_active``, ``log_sparsity`` (shape,), the latter
     ln(n_active / n_total). Families: names in ``families``, ``parametrizations`` (family,).
+    Covariates: names in ``covariates``, hyperparameters beside the LR that differ within some
+    slice; ``covariate_of_run`` (run, covariate), natural log of each over the family's
+    ``covariate_reference`` (family, covariate), which is 1 for LR multipliers and what most runs
+    have for weight decay.
     """
 
     slice_of_run: IntArray
@@ -65,11 +69,19 @@ class Design:
     log_sparsity: FloatArray
     families: tuple[str, ...]
     parametrizations: tuple[str, ...]
+    covariates: tuple[str, ...]
+    covariate_of_run: FloatArray
+    covariate_reference: FloatArray
 
     @property
     def num_runs(self) -> int:
         """Runs, diverged ones included."""
         return len(self.log_lr)
+
+    @property
+    def at_reference(self) -> BoolArray:
+        """Runs (run,) whose covariates are all the reference."""
+        return np.asarray((self.covariate_of_run == 0).all(axis=1))
 
     @property
     def num_slices(self) -> int:
@@ -155,11 +167,12 @@ def _numbered(keys: pd.DataFrame, counts: BoolArray, first: int) -> IntArray:
 def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntArray]:
     """``trunk_of_run`` and ``order_of_run`` of a `Design`.
 
-    Under WSD, runs of one shape, batch, LR and seed have one trunk, whatever their run_id.
+    Under WSD, runs of one shape, batch, LR, seed and covariates have one trunk, whatever their
+    run_id.
     A slice whose runs all have seeds of their own, or all the same, has no orders to tell apart.
     """
     stable = (frame["schedule"] == "wsd") & frame["seed"].notna()
-    line, _ = _codes(frame, [*_SHAPE_KEY, "batch_tokens", "lr", "seed"])
+    line, _ = _codes(frame, [*_SHAPE_KEY, "batch_tokens", "lr", "seed", *COVARIATES])
     trunks = frame[["family"]].assign(
         stable=stable, trunk=frame["run_id"].astype(str).where(~stable, line.astype(str))
     )
@@ -169,6 +182,48 @@ def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntA
     rows = orders.groupby("slice")["seed"].transform("count").to_numpy()
     several = orders["seed"].notna().to_numpy() & (seeds > 1) & (seeds < rows)
     return trunk_of_run, _numbered(orders, several, int(trunk_of_run.max()) + 1)
+
+
+def _reference(values: pd.Series[float], name: str) -> float:
+    """What a family's covariates are told over; 1 where none is stated."""
+    stated = values.dropna()
+    if name != "weight_decay" or stated.empty:
+        return 1.0
+    # Of equally many the least, so that the order of rows does not matter.
+    return float(stated.mode().iloc[0])
+
+
+def _covariates(
+    frame: pd.DataFrame, slice_of_run: IntArray, family_of_run: IntArray
+) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
+    """``covariates``, ``covariate_of_run`` and ``covariate_reference`` of a `Design`.
+
+    What is not stated is the reference. The log of no weight decay at all is that of a tenth of the
+    family's least: below some value its effect is nil.
+    """
+    num_families = int(family_of_run.max()) + 1
+    names, logs, references = [], [], []
+    for name in COVARIATES:
+        values = frame[name].astype(float)
+        if values.groupby(slice_of_run).nunique().max() < 2:
+            continue
+        log, reference = np.zeros(len(frame)), np.ones(num_families)
+        for g in range(num_families):
+            mine = family_of_run == g
+            own = values[mine]
+            least = own[own > 0].min() / 10 if (own > 0).any() else 1.0
+            own = own.where(own != 0, least)
+            reference[g] = _reference(own, name)
+            log[mine] = np.log(own.fillna(reference[g]) / reference[g])
+        names.append(name)
+        logs.append(log)
+        references.append(reference)
+    shape = len(names), len(frame)
+    return (
+        tuple(names),
+        np.array(logs).reshape(shape).T,
+        np.array(references).reshape(len(names), num_families).T,
+    )
 
 
 def usable_rows(frame: pd.DataFrame) -> pd.DataFrame:
@@ -228,6 +283,10 @@ def build_design(table: RunTable) -> Design:
     families = shapes.iloc[first_shape].reset_index(drop=True)
 
     trunk_of_run, order_of_run = _shared(frame, slice_of_run)
+    family_of_run = family_of_shape[shape_of_cell[cell_of_slice[slice_of_run]]]
+    covariates, covariate_of_run, covariate_reference = _covariates(
+        frame, slice_of_run, family_of_run
+    )
     log_n_active = np.log(shapes["n_active"].to_numpy(dtype=float))
     loss_se = frame["loss_se"].to_numpy(dtype=float, na_value=np.nan)
     return Design(
@@ -248,4 +307,7 @@ def build_design(table: RunTable) -> Design:
         log_sparsity=log_n_active - np.log(shapes["n_total"].to_numpy(dtype=float)),
         families=tuple(families["family"].astype(str)),
         parametrizations=tuple(families["parametrization"].astype(str)),
+        covariates=covariates,
+        covariate_of_run=covariate_of_run,
+        covariate_reference=covariate_reference,
     )

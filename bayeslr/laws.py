@@ -54,6 +54,25 @@ def valley_excess(u: Any, curvature: Any, skew: Any, xp: Any = np) -> Any:
     return 2.0 * curvature * cubic_bowl(u, skew, xp)
 
 
+def covariate_terms(z: Any, d_log_n_active: Any, p: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """What covariates do at z = ln(value / reference): how much ln LR they stand for, the loss
+    above that at their best values, and how much of that the reference has, in nats.
+
+    Each term is summed over the last axis, covariates, of ``p``. The best value moves with size.
+    """
+    best, curvature = best_covariate(d_log_n_active, p), p["covariate_curvature"]
+    return (
+        (p["covariate_shift"] * z).sum(axis=-1),
+        (curvature * (z - best) ** 2).sum(axis=-1),
+        (curvature * best**2).sum(axis=-1),
+    )
+
+
+def best_covariate(d_log_n_active: Any, p: Mapping[str, Any]) -> Any:
+    """Natural log of each covariate's best value over the reference."""
+    return p["covariate_optimum"] + p["covariate_n_active"] * d_log_n_active
+
+
 def noise_scale(
     excess: Any,
     u: Any,

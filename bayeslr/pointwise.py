@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
-from bayeslr.priors import SLOPES
+from bayeslr.priors import PER_COVARIATE, SLOPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,8 @@ _BLOCK = 1_000_000
 class RunDraws:
     """What draws say of runs, each (draw, run) where not said otherwise.
 
-    ``offset`` is ln(LR / LR*); ``excess`` the expected loss above the slice's floor, ``mean`` the
+    ``offset`` is ln(LR / LR*), with what covariates do for the LR; ``excess`` the expected loss
+    above the lowest that LR and covariates allow in the slice, ``mean`` the
     expected loss, with the noise that the run shares with others, and ``scale`` the Student-t scale
     of its own, in nats; ``dof`` (draw, 1) the degrees of freedom; ``logit`` the log odds of
     divergence.
@@ -57,17 +58,25 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
 
     s = design.slice_of_run[runs]
     c, g = design.cell_of_slice[s], design.family_of_slice[s]
-    offset = design.log_lr[runs] - value("lr_opt", s)
-    excess = laws.valley_excess(
+    mid = posterior.info["centre"]
+    log_lr, off_best, of_reference = design.log_lr[runs], 0.0, 0.0
+    if design.covariates:
+        by_run = {name: value(name, g) for name in PER_COVARIATE}
+        d_n = design.log_n_active[design.shape_of_cell[c]] - mid["log_n_active"]
+        shift, off_best, of_reference = laws.covariate_terms(
+            design.covariate_of_run[runs], d_n[:, None], by_run
+        )
+        log_lr = log_lr + shift
+    offset = log_lr - value("lr_opt", s)
+    excess = off_best + laws.valley_excess(
         offset, np.exp(value("log_curvature", s)), np.exp(value("log_skew", g))
     )
-    mid = posterior.info["centre"]
     scale = laws.noise_scale(
         excess, offset, design.log_batch[s] - mid["log_batch"],
         design.log_tokens[c] - mid["log_tokens"], noise_parameters(posterior, draws, g),
         design.loss_se[runs],
     )  # fmt: skip
-    mean = value("floor", s) + excess
+    mean = value("floor", s) + excess - of_reference
     if design.num_shared:
         parts = {name: value(name) for name in ("noise_run", "noise_order")}
         trunk, order = design.trunk_of_run[runs], design.order_of_run[runs]
@@ -77,7 +86,7 @@ def run_draws(posterior: Posterior, runs: IntArray, draws: IntArray) -> RunDraws
     edge = log_edge(posterior, s, draws)
     return RunDraws(
         offset=offset, excess=excess, mean=mean, scale=scale,
-        dof=1.0 + value("noise_dof"), logit=(design.log_lr[runs] - edge) / value("edge_width"),
+        dof=1.0 + value("noise_dof"), logit=(log_lr - edge) / value("edge_width"),
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from bayeslr.specs import Recipe, Target
 
-SCHEMA_VERSION = 4
+SCHEMA_VERSION = 5
 POSTERIOR_FILE, FIT_FILE, RUNS_FILE = "posterior.nc", "fit.json", "runs.parquet"
 
 
@@ -58,7 +58,7 @@ class Posterior:
     """Draws of a fit, and all that is needed to predict from them.
 
     draws: Dataset with dimensions chain, draw and, by variable, family, slope, shape, cell, slice,
-    shared (training runs of several rows and data orders, in the order of the design).
+    shared (training runs of several rows and data orders), covariate, in the design's order.
     design, runs: what was fitted; None for a prior card alone. info: method, seed, centre,
     diagnostics, verdict, versions, hashes; JSON-safe.
     """
@@ -132,6 +132,8 @@ def make_posterior(
         coords["slope"] = list(SLOPES)
     if "family" in dataset.dims:
         coords["family"] = list(families)
+    if "covariate" in dataset.dims and design is not None:
+        coords["covariate"] = list(design.covariates)
     if "regressor" in dataset.dims:
         coords["regressor"] = list(REGRESSORS)
     dataset = dataset.assign_coords(coords)
@@ -239,7 +241,7 @@ def diagnose(dataset: xr.Dataset) -> dict[str, Any]:
     Returns: per-variable worst values, the overall worst, and which variable it is.
     """
     az = _arviz()
-    chosen = dataset[reported(dataset)].drop_vars(["family", "slope"], errors="ignore")
+    chosen = dataset[reported(dataset)].drop_vars(["family", "slope", "covariate"], errors="ignore")
     worst: dict[str, dict[str, float]] = {}
     r_hat = az.rhat(chosen)
     bulk, tail = az.ess(chosen, method="bulk"), az.ess(chosen, method="tail")

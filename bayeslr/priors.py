@@ -157,6 +157,10 @@ PARAMETERS: dict[str, str] = {
     "noise_run": "noise that decay branches of one run share, over that of each",
     "noise_order": "noise that runs of a slice on one data order share, over that of each",
     "noise_dof": "degrees of freedom of the noise, above one",
+    "covariate_shift": "fall of ln LR* with the log of a covariate (weight decay, LR multiplier)",
+    "covariate_optimum": "log of a covariate's best value over the reference, mean of the data",
+    "covariate_n_active": "exponent of a covariate's best value in active parameters",
+    "covariate_curvature": "curvature of the floor in the log of a covariate",
 }
 
 # Priors that are normal: of intercepts in logs, exponents and shares, which may have either sign.
@@ -166,6 +170,7 @@ NORMAL = (
     "lr_unannealed", "best_batch_intercept", "best_batch_n_active", "best_batch_tokens",
     "curvature_n_active", "curvature_tokens", "curvature_batch", "edge_batch", "penalty_tokens",
     "noise_batch", "noise_tokens", "noise_side",
+    "covariate_shift", "covariate_optimum", "covariate_n_active",
 )  # fmt: skip
 
 # Exponents that differ between families by ``lr_slope_family_sd``.
@@ -175,6 +180,11 @@ SLOPES = ("lr_n_active", "lr_sparsity", "lr_tokens", "lr_batch_below", "lr_batch
 PER_FAMILY = (
     "loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens",
     "penalty_scale", "noise_sd", "noise_batch", "noise_tokens", "noise_side",
+)  # fmt: skip
+
+# Drawn once a family and covariate, from the card, independently; only where one varies.
+PER_COVARIATE = (
+    "covariate_shift", "covariate_optimum", "covariate_n_active", "covariate_curvature",
 )  # fmt: skip
 
 # What the posterior keeps beyond the parameters of the card, and the index of each.
@@ -197,6 +207,7 @@ OUTPUTS = {
     "floor": ("slice",),
     "shared_noise": ("shared",),
     **dict.fromkeys(PER_FAMILY, ("family",)),
+    **dict.fromkeys(PER_COVARIATE, ("family", "covariate")),
 }
 
 

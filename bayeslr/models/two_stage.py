@@ -3,7 +3,7 @@
 The baseline that every claim is measured against. Stage one takes the vertex of a parabola in ln LR
 through the runs around a slice's best; stage two regresses the vertices on ln n_active, ln
 sparsity, ln tokens and ln batch by ordinary least squares, with the covariance that goes with it.
-Diverged runs are dropped, and slices whose vertex lies outside the runs around it are left out, as
+Diverged runs are dropped, as are those whose covariates are not the reference, and slices whose vertex lies outside the runs around it are left out, as
 is the custom; so are unfinished runs, whose best LR is not that of the run at its end.
 """
 
@@ -40,11 +40,12 @@ def vertices(design: Design) -> tuple[FloatArray, FloatArray, FloatArray]:
     """
     vertex = np.full(design.num_slices, np.nan)
     curvature, minimum = vertex.copy(), vertex.copy()
+    kept = ~design.diverged & design.at_reference
     order = np.argsort(design.slice_of_run, kind="stable")
     bounds = np.searchsorted(design.slice_of_run[order], np.arange(design.num_slices + 1))
     for s in range(design.num_slices):
         rows = order[bounds[s] : bounds[s + 1]]
-        rows = rows[~design.diverged[rows]]
+        rows = rows[kept[rows]]
         if len(rows) < 3:
             continue
         x, y = design.log_lr[rows], design.loss[rows]

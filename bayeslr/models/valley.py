@@ -13,6 +13,12 @@ table of the same (padded) sizes. Level by level, g a family, h a shape, c a cel
                 that of the data order, in slices of several
     diverged_i ~ Bernoulli(logistic((ln LR_i - edge_s) / width))
 
+Covariates z_ik = ln(value / reference), such as weight decay, act with the LR and for themselves:
+
+    ln LR_i   is that of the run + shift_k z_ik, in all of the above
+    loss_i    + curvature_k ((z_ik - best_kh)^2 - best_kh^2),
+                best_kh = optimum_k + n_active_k (ln n_active_h - centre)
+
 The floor and the edge are stated at the mean batch of their family's slices, and so is the LR level
 while it is sampled: runs at one batch say nothing of the best batch, and need not hear of it. The
 loss-token law is stated at its family's mean parameters and tokens for the same reason.
@@ -32,7 +38,7 @@ import pytensor.tensor as pt
 
 from bayeslr import laws
 from bayeslr.features import REGRESSORS
-from bayeslr.priors import PER_FAMILY, SLOPES
+from bayeslr.priors import PER_COVARIATE, PER_FAMILY, SLOPES
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,7 +66,7 @@ EFFECTS = {
 _LOSS_LAW = ("loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens")
 
 # Sampled through other variables, or not at all.
-_NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY)
+_NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY, *PER_COVARIATE)
 
 
 def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays:
@@ -88,6 +94,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "run_log_lr": design.log_lr,
         "run_loss": np.where(finished, design.loss, 0.0),
         "run_loss_se": design.loss_se,
+        "run_covariates": design.covariate_of_run,
         "run_has_loss": finished.astype(float),
         # An unfinished run that has not diverged so far says nothing about the edge yet.
         "run_has_end": (design.diverged | annealed_run).astype(float),
@@ -420,9 +427,19 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
 
         # Runs.
         run_family = slice_family[run_slice]
-        u = data["run_log_lr"] - lr_opt[run_slice]
+        log_lr, off_best, of_reference = data["run_log_lr"], 0.0, 0.0
+        if num_covariates := arrays["run_covariates"].shape[1]:
+            by_run = {
+                name: _variable(name, prior, shape=(num_families, num_covariates))[run_family]
+                for name in PER_COVARIATE
+            }
+            shift, off_best, of_reference = laws.covariate_terms(
+                data["run_covariates"], d_n[slice_cell][run_slice][:, None], by_run
+            )
+            log_lr = log_lr + shift
+        u = log_lr - lr_opt[run_slice]
         skew = pt.exp(log_skew)[run_family]
-        excess = laws.valley_excess(u, pt.exp(log_curvature)[run_slice], skew, pt)
+        excess = laws.valley_excess(u, pt.exp(log_curvature)[run_slice], skew, pt) + off_best
         noise_of = {name: p[name][run_family] for name in laws.NOISE if name in PER_FAMILY}
         noise = laws.noise_scale(
             excess, u, (data["slice_log_batch"] - data["centre"][3])[run_slice],
@@ -435,7 +452,9 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         )
         loss_logp = pm.logp(
             pm.StudentT.dist(
-                nu=1.0 + p["noise_dof"], mu=floor[run_slice] + excess + shared, sigma=own * noise
+                nu=1.0 + p["noise_dof"],
+                mu=floor[run_slice] + excess - of_reference + shared,
+                sigma=own * noise,
             ),
             data["run_loss"],
         )
@@ -446,7 +465,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             + p["edge_batch"] * (knee - zero_knee)
             + pt.exp(log_edge_offset)[slice_family]
         )
-        logit = (data["run_log_lr"] - edge[run_slice]) / p["edge_width"]
+        logit = (log_lr - edge[run_slice]) / p["edge_width"]
         ended = data["run_diverged"] * logit - laws.softplus(logit, pt)
         pm.Potential("diverged", (data["run_has_end"] * ended).sum())
     return model

@@ -11,6 +11,16 @@ from bayeslr.specs import PARAM_CONVENTIONS, SCHEDULES, WEIGHT_DECAY_KINDS
 STATUSES = ("ok", "partial", "diverged", "failed", "lost", "pruned")
 ARCHITECTURES = ("dense", "moe")
 
+# LR of a module group over the run's own.
+LR_MULTIPLIERS = tuple(
+    f"lr_multiplier_{group}"
+    for group in (
+        "embedding", "attention", "router", "expert_up", "expert_down", "norm", "head"
+    )
+)  # fmt: skip
+# Hyperparameters beside the LR that runs of one slice may differ in.
+COVARIATES = ("weight_decay", *LR_MULTIPLIERS)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Column:
@@ -51,6 +61,7 @@ COLUMNS: tuple[Column, ...] = (
     Column(name="lr", required=True, unit="the peak LR", above=0),
     Column(name="weight_decay", at_least=0),
     Column(name="weight_decay_kind", kind="text", choices=WEIGHT_DECAY_KINDS, open_choices=True),
+    *(Column(name=name, unit="times the LR", above=0) for name in LR_MULTIPLIERS),
     Column(name="n_active", required=True, unit="parameters", above=0),
     Column(name="n_total", required=True, unit="parameters", above=0),
     Column(name="param_convention", kind="text", required=True, choices=PARAM_CONVENTIONS),
