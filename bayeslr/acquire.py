@@ -10,6 +10,7 @@ loss-token law, so that a run is worth its cost while the FLOPs it saves exceed 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
+from bayeslr.covariates import best_values, covariate_draws, least_expected
 from bayeslr.errors import SpecError, UntrustworthyFit
 from bayeslr.pointwise import noise_parameters
 from bayeslr.posterior import Posterior
@@ -93,6 +95,8 @@ class _Options:
     One loss of a new slice says next to nothing, for its floor is as unknown as its optimum; two or
     three show the valley's slope. A greedy choice of single runs would never find that out.
     ``members`` lists the candidates of each option, singles first.
+
+    mean, sd: of ln LR* as each candidate's valley has it (candidate,).
     """
 
     def __init__(self, log_lr: FloatArray, slice_of: Sequence[int], mean: FloatArray,
@@ -101,17 +105,95 @@ class _Options:
         by_slice: dict[int, list[int]] = {}
         for i, number in enumerate(slice_of):
             by_slice.setdefault(number, []).append(i)
-        for number, mine in by_slice.items():
+        for mine in by_slice.values():
             if len(mine) < 2:
                 continue
             at, found = log_lr[mine], set()
             for reach in _REACHES:
-                half = reach * max(float(sd[number]), _LEAST_SD)
+                half = reach * max(float(sd[mine[0]]), _LEAST_SD)
                 for pattern in ((-1.0, 1.0), (-1.0, 0.0, 1.0)):
-                    wanted = float(mean[number]) + half * np.array(pattern)
+                    wanted = float(mean[mine[0]]) + half * np.array(pattern)
                     near = np.argmin(np.abs(at[:, None] - wanted), axis=0)
                     found.add(tuple(sorted({mine[int(j)] for j in near})))
             self.members += [group for group in sorted(found) if len(group) > 1]
+
+
+class _Covariates:
+    """Draws of what covariates do to candidates, and of their best values at targets.
+
+    Those count that differ between candidates or within the fit's slices; what is to be known of a
+    target are the best values of those that candidates can still change.
+    """
+
+    def __init__(self, posterior: Posterior, candidates: Sequence[Candidate],
+                 targets: Sequence[Target], num_draws: int) -> None:  # fmt: skip
+        design = posterior.design
+        values = [candidate.spec.covariates for candidate in candidates]
+        usual = {name: Counter(v[name] for v in values if name in v).most_common(1)[0][0]
+                 for name in dict.fromkeys(name for v in values for name in v)}  # fmt: skip
+        # A multiplier that is not stated is 1.
+        usual = {n: v if all(n in row for row in values) else 1.0 for n, v in usual.items()}
+        varied = [n for n, u in usual.items() if any(row.get(n, u) != u for row in values)]
+        known = () if design is None else design.covariates
+        self.names = [*varied, *(name for name in known if name not in varied)]
+        self._posterior, self._targets, self._num_draws = posterior, targets, num_draws
+        self._varied = varied
+        families = [family_of(posterior, _cell(c.spec, c.spec.tokens)) for c in candidates]
+        self._families = list(dict.fromkeys(families))
+        self._family = np.array([self._families.index(g) for g in families])
+        self._z = np.zeros((len(candidates), len(self.names)))
+        for k, name in enumerate(self.names):
+            for i, (row, g) in enumerate(zip(values, families, strict=True)):
+                reference = usual.get(name, 1.0)
+                if design is not None and name in known:
+                    reference = design.covariate_reference[g or 0, known.index(name)]
+                self._z[i, k] = math.log(row.get(name, reference) / reference)
+        self._d_n = np.log([candidate.spec.n_active for candidate in candidates])
+        self._d_n -= posterior.info["centre"]["log_n_active"]
+
+    def terms(self) -> tuple[FloatArray, FloatArray, FloatArray]:
+        """`laws.covariate_terms` of every candidate, each (draw, candidate)."""
+        draws = covariate_draws(self._posterior, self.names, self._families, self._num_draws)
+        total = np.zeros((3, self._num_draws, len(self._z)))
+        for k in range(len(self.names)):  # one at a time: together they would fill the memory
+            own = {name: values[:, self._family, k, None] for name, values in draws.items()}
+            total += laws.covariate_terms(self._z[:, [k]], self._d_n[:, None], own)
+        shift, off_best, of_reference = total
+        return shift, off_best, of_reference
+
+    def changed(self, candidate: int) -> str:
+        """What of a candidate's covariates is not the reference, as the end of a sentence."""
+        own = zip(self.names, self._z[candidate], strict=True)
+        return "".join(f"; {name} times {math.exp(z):.3g}" for name, z in own if z)
+
+    def valley_of(self, cell_of: Sequence[int]) -> list[int]:
+        """Numbers candidates of one cell at the same covariates alike: they differ in LR."""
+        numbers: dict[tuple[int, bytes], int] = {}
+        return [
+            numbers.setdefault((cell, z.tobytes()), len(numbers))
+            for cell, z in zip(cell_of, self._z, strict=True)
+        ]
+
+    def goals(self) -> tuple[FloatArray, FloatArray]:
+        """Ln of the best values at targets (draw, covariate x target), and what their variance
+        costs, nats (covariate x target,).
+        """
+        best, curvature = best_values(
+            self._posterior, self._varied, self._targets, self._num_draws
+        )  # fmt: skip
+        chosen = least_expected(best, curvature)
+        cost = (curvature * (best - chosen) ** 2).mean(axis=0) / best.var(axis=0)
+        by_covariate = best.transpose(0, 2, 1).reshape(len(best), -1)
+        return by_covariate, cost.T.ravel()
+
+
+def _cell(spec: RunSpec, tokens: float, name: str = "cell") -> Target:
+    """What a run measures at one of its horizons, as a target."""
+    return Target(
+        target_id=name, family=spec.family, n_active=spec.n_active, n_total=spec.n_total,
+        tokens=tokens, batch_tokens=min(spec.batch_tokens, tokens),
+        param_convention=spec.param_convention,
+    )  # fmt: skip
 
 
 class _Beliefs:
@@ -130,12 +212,7 @@ class _Beliefs:
                 )  # fmt: skip
                 if key not in cells:
                     cells[key] = len(extra)
-                    extra.append(Target(
-                        target_id=f"cell{len(extra)}", family=spec.family,
-                        n_active=spec.n_active, n_total=spec.n_total, tokens=tokens,
-                        batch_tokens=min(spec.batch_tokens, tokens),
-                        param_convention=spec.param_convention,
-                    ))  # fmt: skip
+                    extra.append(_cell(spec, tokens, f"cell{len(extra)}"))
                 mine.append(cells[key])
             cell_of.append(mine)
         num_pairs = sum(len(mine) for mine in cell_of)
@@ -147,18 +224,27 @@ class _Beliefs:
                 "chosen by it; fit again with more draws"
             )
         self.at = at
+        self.num_targets = len(targets)
         self.goal = at.log_lr[:, : len(targets)].copy()
         self.curvature = at.curvature[:, : len(targets)].mean(axis=0)
         self.shares = shares
+        covariates = _Covariates(posterior, candidates, targets, len(at.log_lr))
+        self._covariates = covariates
+        if covariates.names:
+            goal, curvature = covariates.goals()
+            self.goal = np.hstack([self.goal, goal])
+            self.curvature = np.concatenate([self.curvature, curvature])
         # Observations: every decay branch of every candidate, candidate by candidate.
         num_branches = np.array([len(mine) for mine in cell_of])
         first = np.concatenate([[0], np.cumsum(num_branches)])
         column = np.concatenate([np.asarray(mine) for mine in cell_of]) + len(targets)
         log_lr = np.log([candidate.spec.lr for candidate in candidates])
-        tried = np.repeat(log_lr, num_branches)
+        candidate_of = np.repeat(np.arange(len(candidates)), num_branches)
+        shift, off_best, of_reference = covariates.terms()
+        tried = log_lr[candidate_of] + shift[:, candidate_of]
         u = tried - at.log_lr[:, column]
         skew = np.broadcast_to(at.skew, at.log_lr.shape)[:, column]
-        excess = laws.valley_excess(u, at.curvature[:, column], skew)
+        excess = laws.valley_excess(u, at.curvature[:, column], skew) + off_best[:, candidate_of]
         logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = laws.logistic(logit)
         self.p_diverge = lost.mean(axis=0)[first[:-1]]
@@ -171,20 +257,21 @@ class _Beliefs:
         low, middle, high = np.quantile(at.floor, [_CENTRAL[0], 0.5, _CENTRAL[1]], axis=0)
         floor = np.clip(at.floor, np.maximum(low, middle - _FAR), np.minimum(high, middle + _FAR))
         self.loss = floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
+        self.loss -= of_reference[:, candidate_of]
         observed_at = [extra[i - len(targets)] for i in column]
         self.noise_variance = _noise_variance(posterior, u, finished, observed_at)
         # Decay branches of one run share part of their noise: as draws, like all that is joint.
-        candidate_of = np.repeat(np.arange(len(candidates)), num_branches)
         ratio = {name: np.median(posterior.flat(name)) for name in ("noise_run", "noise_order")}
         of_trunk, _, own = laws.noise_shares(num_branches[candidate_of] > 1, 0.0, ratio)
         effect = rng.normal(size=(len(self.loss), len(candidates)))[:, candidate_of]
         self.loss += of_trunk * np.sqrt(self.noise_variance) * effect
         self.noise_variance *= own**2
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
+        last = np.array([mine[-1] for mine in cell_of])
+        of_last = at.log_lr[:, len(targets) + last] - shift
         options = _Options(
-            log_lr, [mine[-1] for mine in cell_of], at.log_lr[:, len(targets) :].mean(axis=0),
-            at.log_lr[:, len(targets) :].std(axis=0),
-        )  # fmt: skip
+            log_lr, covariates.valley_of(last.tolist()), of_last.mean(axis=0), of_last.std(axis=0)
+        )
         self.members = options.members
         # Options with as many observations are worked out together.
         self._groups: list[tuple[IntArray, IntArray]] = []
@@ -195,13 +282,22 @@ class _Beliefs:
             self._groups.append((which, np.array([seen[i] for i in which])))
         self._center()
 
+    def changed(self, candidate: int) -> str:
+        """What of a candidate's covariates is not the reference, as the end of a sentence."""
+        return self._covariates.changed(candidate)
+
     def _center(self) -> None:
         self.goal -= self.goal.mean(axis=0)
         self.loss -= self.loss.mean(axis=0)
 
     def regret(self) -> float:
         """Mean expected regret of the best choice at the targets, nats."""
-        return float(self.shares @ (self.curvature * self.goal.var(axis=0)))
+        return float(self.shares @ self._by_target(self.curvature * self.goal.var(axis=0)))
+
+    def _by_target(self, of_goals: FloatArray) -> FloatArray:
+        """Sums over what is to be known of each target, its LR* first, from (..., goal)."""
+        by_goal = of_goals.reshape(*of_goals.shape[:-1], -1, self.num_targets)
+        return np.asarray(by_goal.sum(axis=-2))
 
     def falls(self) -> FloatArray:
         """Expected fall of each target's regret by option, nats, (option, target)."""
@@ -209,7 +305,7 @@ class _Beliefs:
         covariance = self.loss.T @ self.goal / draws
         variance = np.einsum("do,do->o", self.loss, self.loss) / draws + self.noise_variance
         of_goal = self.goal.var(axis=0)
-        falls = np.zeros((len(self.members), len(of_goal)))
+        falls = np.zeros((len(self.members), self.num_targets))
         for which, observed in self._groups:
             size = observed.shape[1]
             joint = covariance[observed]
@@ -228,7 +324,7 @@ class _Beliefs:
             # With few draws a correlation is never exactly zero: what noise alone would explain is
             # taken off, so that useless runs gain nothing.
             chance = size / draws * of_goal
-            falls[which] = np.maximum(explained - chance, 0.0) * self.curvature
+            falls[which] = self._by_target(np.maximum(explained - chance, 0.0) * self.curvature)
         return falls
 
     def observe(self, candidate: int) -> None:
@@ -347,6 +443,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
         for i in group[: num_runs - len(proposals)]:
             spec = candidates[i].spec
             again = "; again with another seed" if candidates[i].repeat else ""
+            again += beliefs.changed(i)
             if spec.continues is not None:
                 at = format_quantity(spec.continues_at)
                 again += f"; goes on from {spec.continues} at {at} tokens"

@@ -79,6 +79,11 @@ class Posterior:
         draws: NDArray[np.float64] = _higher("predict").regret(self, targets, lr)
         return draws
 
+    def covariates(self, targets: Sequence[Target]) -> pd.DataFrame:
+        """Best weight decay and LR multipliers. See `bayeslr.covariates.covariate_table`."""
+        table: pd.DataFrame = _higher("covariates").covariate_table(self, targets)
+        return table
+
     def plan(self, space: Recipe | str | Path, budget: str | float,
              num_runs: int | None = None) -> Any:  # fmt: skip
         """The next runs worth paying for within ``budget`` FLOPs. See `bayeslr.acquire.plan`.

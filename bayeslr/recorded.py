@@ -17,8 +17,8 @@ import pandas as pd
 
 from bayeslr.designs import slices_from_cheapest
 from bayeslr.errors import DataError, SpecError
-from bayeslr.runs import RunTable, horizon
-from bayeslr.specs import RunSpec, Target
+from bayeslr.runs import COVARIATES, RunTable, horizon
+from bayeslr.specs import LR_MULTIPLIER, WEIGHT_DECAY, RunSpec, Target
 from bayeslr.units import format_quantity, train_flops
 
 if TYPE_CHECKING:
@@ -96,9 +96,12 @@ def make_pool(table: RunTable) -> Pool:
 
 
 def _spec(row: Mapping[Any, Any]) -> RunSpec:
-    names = ("lr", "tokens", "batch_tokens", "n_active", "n_total", "seq_len")
+    names = ("lr", "tokens", "batch_tokens", "n_active", "n_total", "seq_len", *COVARIATES)
     numbers = {name: float(row[name]) for name in names}
     seq_len = numbers["seq_len"]
+    stated = {name: numbers[name] for name in COVARIATES if math.isfinite(numbers[name])}
+    weight_decay = stated.pop("weight_decay", WEIGHT_DECAY)
+    multipliers = {name.removeprefix(LR_MULTIPLIER): value for name, value in stated.items()}
     schedule = row["schedule"]
     return RunSpec(
         run_id=str(row["run_id"]),
@@ -112,6 +115,8 @@ def _spec(row: Mapping[Any, Any]) -> RunSpec:
         seq_len=round(seq_len) if math.isfinite(seq_len) else 1,
         param_convention=str(row["param_convention"]),
         schedule=schedule if isinstance(schedule, str) else "cosine",
+        weight_decay=weight_decay,
+        options={"lr_multipliers": multipliers} if multipliers else {},
     )
 
 

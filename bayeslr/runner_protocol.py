@@ -210,7 +210,7 @@ def spec_row(spec: RunSpec) -> dict[str, Any]:
     for name in ("runner", "options", "decay_at", "continues", "continues_at"):
         del row[name]
     row |= {k: shape[k] for k in ("d_model", "n_layers", "n_experts", "top_k") if k in shape}
-    return {**row, "planned_tokens": spec.tokens}
+    return {**row, **spec.covariates, "planned_tokens": spec.tokens}
 
 
 def mask_password(url: str | None) -> str | None:

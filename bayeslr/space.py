@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import ContinuingRunner, Runner, Trial
 from bayeslr.runs import RunTable
-from bayeslr.specs import Recipe, RunSpec, Target
+from bayeslr.specs import LR_MULTIPLIER, WEIGHT_DECAY, Recipe, RunSpec, Target
 from bayeslr.units import parse_quantity
 
 _NOT_LONGER = ("diverged", "failed", "pruned")
@@ -88,14 +89,26 @@ def run_spec(
     batch_tokens: int,
     decay_at: Sequence[int],
     prefix: str = "",
+    covariates: Mapping[str, float] | None = None,
 ) -> RunSpec:
-    """Spec of one run of the sweep; its id says what it is, and is the same on every machine."""
+    """Spec of one run of the sweep; its id says what it is, and is the same on every machine.
+
+    covariates: values other than the recipe's own, by column of the run table.
+    """
     n_active, n_total = runner.counts(shape)
     seed = int(recipe.run.get("seed", 0))
     label = f"{prefix or recipe.name}-{shape['name']}-t{max(decay_at)}-b{batch_tokens}"
+    run, options = dict(recipe.run), dict(recipe.options)
+    for name, value in (covariates or {}).items():
+        label += f"-{name.removeprefix(LR_MULTIPLIER)}{value:.4g}"
+        if name == "weight_decay":
+            run[name] = value
+        else:
+            group = name.removeprefix(LR_MULTIPLIER)
+            options["lr_multipliers"] = {**options.get("lr_multipliers", {}), group: value}
     try:
         return RunSpec(
-            **recipe.run,
+            **run,
             run_id=re.sub(r"[^\w.+-]", "_", f"{label}-lr{lr:.5g}-s{seed}"),
             family=recipe.family,
             runner=recipe.runner,
@@ -106,10 +119,29 @@ def run_spec(
             n_total=n_total,
             decay_at=tuple(decay_at),
             shape=shape,
-            options=recipe.options,
+            options=options,
         )
     except TypeError as error:
         raise SpecError(f"recipe {recipe.name}, [run]: {error}") from error
+
+
+def covariates_tried(recipe: Recipe) -> list[dict[str, float]]:
+    """What a run of the space may change beside its LR: nothing, or one covariate, by column."""
+    own = own_covariates(recipe)
+    return [{}] + [
+        {name: float(value)}
+        for name, values in recipe.space.covariates.items()
+        for value in dict.fromkeys(values)
+        if float(value) != own[name]
+    ]
+
+
+def own_covariates(recipe: Recipe) -> dict[str, float]:
+    """The recipe's own value of each covariate that its space tries, by column."""
+    multipliers = recipe.options.get("lr_multipliers", {})
+    own = {"weight_decay": recipe.run.get("weight_decay", WEIGHT_DECAY)}
+    own |= {f"{LR_MULTIPLIER}{group}": value for group, value in multipliers.items()}
+    return {name: float(own.get(name, 1.0)) for name in recipe.space.covariates}
 
 
 def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> list[Candidate]:
@@ -119,8 +151,8 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
     at every token count up to its own that its (shape, batch, LR) still lacks. Where the runner can
     go on from the trunk that an earlier run of that line and seed left, the candidate does.
     """
-    measured: dict[tuple[str, int, float], set[int]] = {}
-    trunks: dict[tuple[str, int, float], Trial] = {}
+    measured: dict[Hashable, set[int]] = {}
+    trunks: dict[Hashable, Trial] = {}
     for trial in trials:
         if trial.void:
             continue
@@ -136,26 +168,23 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
     priced = []
     wsd = recipe.run.get("schedule", "wsd") == "wsd"
     horizons = sorted(recipe.space.tokens)
-    for shape in recipe.space.shapes:
-        for batch_tokens in recipe.space.batch_tokens:
-            for lr in recipe.space.lr.values():
-                line = (shape["name"], batch_tokens, float(f"{lr:.5g}"))
-                known = measured.get(line, set())
-                for end in horizons:
-                    if end in known:
-                        continue
-                    decay_at = [t for t in horizons if t <= end and t not in known]
-                    spec = run_spec(
-                        recipe,
-                        runner,
-                        shape,
-                        lr=lr,
-                        batch_tokens=batch_tokens,
-                        decay_at=decay_at if wsd else [end],
-                    )
-                    if line in trunks:
-                        spec = _continued(spec, trunks[line])
-                    priced.append(_priced(runner, spec))
+    for shape, batch_tokens, changed, lr in product(
+        recipe.space.shapes,
+        recipe.space.batch_tokens,
+        covariates_tried(recipe),
+        recipe.space.lr.values(),
+    ):
+        one: dict[str, Any] = {"lr": lr, "batch_tokens": batch_tokens, "covariates": changed}
+        line = line_of(run_spec(recipe, runner, shape, decay_at=horizons, **one))
+        known = measured.get(line, set())
+        for end in horizons:
+            if end in known:
+                continue
+            decay_at = [t for t in horizons if t <= end and t not in known] if wsd else [end]
+            spec = run_spec(recipe, runner, shape, decay_at=decay_at, **one)
+            if line in trunks:
+                spec = _continued(spec, trunks[line])
+            priced.append(_priced(runner, spec))
     return priced
 
 
@@ -182,9 +211,11 @@ def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Can
     shapes = {shape["name"]: shape for shape in recipe.space.shapes}
     priced = []
     for line, seed in sorted(last.items()):
+        shape = shapes[str(done[line].shape["name"])]
         spec = run_spec(
-            replace(recipe, run={**recipe.run, "seed": seed + 1}), runner, shapes[line[0]],
+            replace(recipe, run={**recipe.run, "seed": seed + 1}), runner, shape,
             lr=done[line].lr, batch_tokens=done[line].batch_tokens, decay_at=done[line].decay_at,
+            covariates=_changed(recipe, done[line]),
         )  # fmt: skip
         priced.append(_priced(runner, spec, repeat=True))
     return priced
@@ -193,9 +224,9 @@ def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Can
 def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
     """The ended runs of a table that lie in the recipe's space, as the trials of a sweep.
 
-    A run that told nothing (lost, or not at a horizon yet) is none. Sizes, batch and LR are
-    compared within what people round away, token counts within a batch; a seed that is not stated
-    is the recipe's.
+    A run that told nothing (lost, or not at a horizon yet) is none. Sizes, batch, LR and covariates
+    are compared within what people round away, token counts within a batch; a seed or a covariate
+    that is not stated is the recipe's.
     """
     frame = table.frame
     frame = frame[(frame["family"] == recipe.family) & frame["status"].isin(["ok", *_NOT_LONGER])]
@@ -210,7 +241,8 @@ def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
         shape = next((s for s, counts in sizes if _is_of_shape(first, s, counts)), None)
         batch_tokens = next((b for b in space.batch_tokens if _same(first["batch_tokens"], b)), 0)
         lr = float(lrs[np.argmin(np.abs(np.log(lrs / first["lr"])))])
-        if shape is None or not batch_tokens or not _same(first["lr"], lr):
+        changed = _changed_in(first, recipe)
+        if shape is None or not batch_tokens or not _same(first["lr"], lr) or changed is None:
             continue
         measured = [row["tokens"] for row in rows if row["status"] == "ok"]
         found = {_horizon_of(tokens, space.tokens, batch_tokens) for tokens in measured}
@@ -225,12 +257,30 @@ def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
         spec = run_spec(
             replace(recipe, run={**recipe.run, "seed": seed}), runner, shape,
             lr=lr, batch_tokens=batch_tokens, decay_at=decay_at or [max(space.tokens)],
+            covariates=changed,
         )  # fmt: skip
         trials.append(Trial(
             number=len(trials), spec=replace(spec, run_id=run_id),
             state=ends[-1] if ends else "ok", flops=max(row["flops"] for row in rows), records=rows,
         ))  # fmt: skip
     return trials
+
+
+def _changed_in(row: Mapping[str, Any], recipe: Recipe) -> dict[str, float] | None:
+    """What of `covariates_tried` a row of a run table changes; None if it is none of the space's.
+
+    Only covariates that the space tries are looked at.
+    """
+    own = own_covariates(recipe)
+    has = {name: own[name] if math.isnan(row[name]) else row[name] for name in own}
+    return next(
+        (
+            changed
+            for changed in covariates_tried(recipe)
+            if all(_same(has[name], changed.get(name, own[name])) for name in own)
+        ),
+        None,
+    )
 
 
 def _is_of_shape(row: Mapping[str, Any], shape: Mapping[str, Any], counts: tuple[int, int]) -> bool:
@@ -261,7 +311,7 @@ def start_design(recipe: Recipe, runner: Runner) -> list[Candidate]:
     Under WSD the cells of one shape and batch share a trunk to the longest horizon.
     """
     cells: dict[tuple[str, int, int], list[Candidate]] = {}
-    for priced in longest(recipe, candidates(recipe, runner)):
+    for priced in grid(recipe, runner):
         cells.setdefault(cell_of(priced.spec), []).append(priced)
     cheapest = sorted(cells.values(), key=lambda cell: (cell[0].flops, cell[0].spec.run_id))
     num_cells = min(len(cheapest), max(1, recipe.start_runs // LRS_PER_START_CELL))
@@ -292,11 +342,14 @@ def random_design(
     return drawn
 
 
-def longest(recipe: Recipe, pool: Iterable[Candidate]) -> list[Candidate]:
-    """The runs that no other one of the pool measures on its way: under WSD, the longest."""
+def grid(recipe: Recipe, runner: Runner) -> list[Candidate]:
+    """Runs of the space at the recipe's own covariates that no other one measures on its way:
+    under WSD, the longest.
+    """
     wsd = recipe.run.get("schedule", "wsd") == "wsd"
-    end = max(recipe.space.tokens)
-    return [priced for priced in pool if not wsd or priced.spec.tokens == end]
+    space = replace(recipe.space, weight_decay=(), lr_multipliers={})
+    pool = candidates(replace(recipe, space=space), runner)
+    return [priced for priced in pool if not wsd or priced.spec.tokens == max(space.tokens)]
 
 
 def cell_of(spec: RunSpec) -> tuple[str, int, int]:
@@ -304,9 +357,19 @@ def cell_of(spec: RunSpec) -> tuple[str, int, int]:
     return (str(spec.shape["name"]), spec.tokens, spec.batch_tokens)
 
 
-def line_of(spec: RunSpec) -> tuple[str, int, float]:
+def line_of(spec: RunSpec) -> tuple[Any, ...]:
     """Runs that share a trunk: one batch never holds two of them."""
-    return (str(spec.shape["name"]), spec.batch_tokens, float(f"{spec.lr:.5g}"))
+    covariates = tuple(sorted(spec.covariates.items()))
+    return (str(spec.shape["name"]), spec.batch_tokens, float(f"{spec.lr:.5g}"), covariates)
+
+
+def _changed(recipe: Recipe, spec: RunSpec) -> dict[str, float]:
+    """What of `covariates_tried` a run of the space changes."""
+    own = spec.covariates
+    for changed in covariates_tried(recipe)[1:]:
+        if changed.items() <= own.items():
+            return changed
+    return {}
 
 
 def _rng(seed: int, number: int) -> np.random.Generator:

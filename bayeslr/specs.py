@@ -18,6 +18,13 @@ from bayeslr.units import flops_in, gpu_hours, parse_count, parse_quantity, trai
 PARAM_CONVENTIONS = ("non_embedding", "total")
 SCHEDULES = ("wsd", "cosine", "linear", "constant")
 WEIGHT_DECAY_KINDS = ("coupled", "independent")
+MODULE_GROUPS = ("embedding", "attention", "router", "expert_up", "expert_down", "norm", "head")
+LR_MULTIPLIER = "lr_multiplier_"
+"""Of the columns that hold the LR of a module group over the run's own."""
+
+WEIGHT_DECAY = 0.1
+"""AdamW's, where a recipe states none."""
+
 STRATEGIES = ("bayes", "random", "classical", "ladder", "d-optimal")
 
 Spec = TypeVar("Spec")
@@ -160,7 +167,7 @@ class RunSpec:
     arch: str = "moe"
     parametrization: str = "sp"
     optimizer: str = "adamw"
-    weight_decay: float = 0.1
+    weight_decay: float = WEIGHT_DECAY
     weight_decay_kind: str = "coupled"
     schedule: str = "wsd"
     warmup_tokens: int = 0
@@ -253,6 +260,15 @@ class RunSpec:
         trunk = (1 - self.decay_fraction) * self.tokens - self.continues_at
         return trunk + self.decay_fraction * sum(self.decay_at)
 
+    @property
+    def covariates(self) -> dict[str, float]:
+        """What may differ within a slice beside LR and seed, by column of the run table: weight
+        decay, and the LR multipliers of module groups that ``options`` names.
+        """
+        multipliers = self.options.get("lr_multipliers", {})
+        by_group = {f"{LR_MULTIPLIER}{group}": float(v) for group, v in multipliers.items()}
+        return {"weight_decay": self.weight_decay, **by_group}
+
     def share_at(self, tokens: float) -> float:
         """Share of its own way, 0 to 1, that the run has behind it at a token count."""
         share = (tokens - self.continues_at) / (self.tokens - self.continues_at)
@@ -297,13 +313,16 @@ class LrGrid:
 class Space:
     """Runs that a sweep may ask for: every shape at every token count, batch and LR.
 
-    ``shapes`` are mappings that belong to the runner, each with a unique ``name``.
+    ``shapes`` are mappings that belong to the runner, each with a unique ``name``. ``weight_decay``
+    and ``lr_multipliers`` (by module group) are further values to try, one of them at a time.
     """
 
     lr: LrGrid
     tokens: tuple[int, ...]
     batch_tokens: tuple[int, ...]
     shapes: tuple[Mapping[str, Any], ...]
+    weight_decay: tuple[float, ...] = ()
+    lr_multipliers: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("tokens", "batch_tokens", "shapes"):
@@ -313,6 +332,24 @@ class Space:
             None not in names and len(set(names)) == len(names),
             f"each of space.shapes needs a unique name, got {names}",
         )
+        _require(
+            isinstance(self.lr_multipliers, Mapping),
+            "space.lr_multipliers must be a table of lists, one a module group, got "
+            f"{self.lr_multipliers!r}",
+        )
+        check_keys(self.lr_multipliers, MODULE_GROUPS, "[space.lr_multipliers]")
+        for name, values in self.covariates.items():
+            _require(
+                isinstance(values, list | tuple)
+                and all(isinstance(v, int | float) and 0 < v < math.inf for v in values),
+                f"space: values of {name} must be a list of numbers > 0, got {values!r}",
+            )
+
+    @property
+    def covariates(self) -> dict[str, Sequence[float]]:
+        """Further values to try, by column of the run table."""
+        groups = {f"{LR_MULTIPLIER}{group}": v for group, v in self.lr_multipliers.items()}
+        return {"weight_decay": self.weight_decay, **groups}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -406,6 +443,8 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
                     parse_count(b, name="space.batch_tokens") for b in space["batch_tokens"]
                 ),
                 shapes=tuple(dict(s) for s in space.get("shapes", ())),
+                weight_decay=space.get("weight_decay", ()),
+                lr_multipliers=space.get("lr_multipliers", {}),
             ),
             targets=tuple(dict(t) for t in raw["targets"]),
             run=dict(raw.get("run", {})),

@@ -17,7 +17,7 @@ from bayeslr.space import (
     Candidate,
     candidates,
     cell_of,
-    longest,
+    grid,
     random_design,
     repeats,
     start_design,
@@ -49,7 +49,7 @@ def design_step(
 
     Under WSD the runs are those to the longest horizon, which measure the shorter ones.
     """
-    pool = longest(recipe, candidates(recipe, runner))
+    pool = grid(recipe, runner)
     specs = [priced.spec for priced in pool]
     flops = np.array([priced.flops for priced in pool])
     losses = {

@@ -3,8 +3,9 @@
 The baseline that every claim is measured against. Stage one takes the vertex of a parabola in ln LR
 through the runs around a slice's best; stage two regresses the vertices on ln n_active, ln
 sparsity, ln tokens and ln batch by ordinary least squares, with the covariance that goes with it.
-Diverged runs are dropped, as are those whose covariates are not the reference, and slices whose vertex lies outside the runs around it are left out, as
-is the custom; so are unfinished runs, whose best LR is not that of the run at its end.
+Diverged runs are dropped, and slices whose vertex lies outside the runs around it are left out, as
+is the custom; so are unfinished runs, whose best LR is not that of the run at its end, and runs
+whose covariates are not the reference.
 """
 
 from __future__ import annotations

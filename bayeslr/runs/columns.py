@@ -6,18 +6,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from bayeslr.specs import PARAM_CONVENTIONS, SCHEDULES, WEIGHT_DECAY_KINDS
+from bayeslr.specs import (
+    LR_MULTIPLIER,
+    MODULE_GROUPS,
+    PARAM_CONVENTIONS,
+    SCHEDULES,
+    WEIGHT_DECAY_KINDS,
+)
 
 STATUSES = ("ok", "partial", "diverged", "failed", "lost", "pruned")
 ARCHITECTURES = ("dense", "moe")
 
 # LR of a module group over the run's own.
-LR_MULTIPLIERS = tuple(
-    f"lr_multiplier_{group}"
-    for group in (
-        "embedding", "attention", "router", "expert_up", "expert_down", "norm", "head"
-    )
-)  # fmt: skip
+LR_MULTIPLIERS = tuple(f"{LR_MULTIPLIER}{group}" for group in MODULE_GROUPS)
 # Hyperparameters beside the LR that runs of one slice may differ in.
 COVARIATES = ("weight_decay", *LR_MULTIPLIERS)
 

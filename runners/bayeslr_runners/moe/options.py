@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 from typing import Any, Self
 
 from bayeslr.errors import SpecError
+from bayeslr.specs import MODULE_GROUPS
 
 DATA_KINDS = ("stdlib", "synthetic", "path")
 DECAY_SHAPES = ("linear", "one_minus_sqrt")
 DEVICES = ("cpu", "cuda")
-GROUPS = ("embedding", "attention", "router", "expert_up", "expert_down", "norm", "head")
+GROUPS = MODULE_GROUPS
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
