@@ -15,6 +15,7 @@ import html as html_module
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ from bayeslr.predict import predict, target_draws
 from bayeslr.priors import SLOPES, Prior, load_prior
 from bayeslr.runs import make_table
 from bayeslr.sampling import configure_jax, fit, sample_design
-from bayeslr.specs import Target
+from bayeslr.specs import WEIGHT_DECAY, Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -100,16 +101,32 @@ class Calibration:
 
     @cached_property
     def names(self) -> tuple[str, ...]:
-        """Quantities whose ranks are judged."""
-        return tuple(self.tables[0].pit)
+        """Quantities whose ranks are judged: those that two tables have, at least."""
+        named = Counter(name for table in self.tables for name in table.pit)
+        return tuple(name for name, count in named.items() if count > 1)
 
     def pit(self, name: str) -> FloatArray:
-        """Ranks of one quantity as shares, (table,)."""
-        return np.array([table.pit[name] for table in self.tables])
+        """Ranks of one quantity as shares, (table,), of the tables that have it."""
+        return np.array([table.pit[name] for table in self.tables if name in table.pit])
 
     @cached_property
-    def _null(self) -> FloatArray:
-        return _null_statistics(len(self.tables), np.random.default_rng([self.seed, 20_260_110]))
+    def _null(self) -> dict[int, FloatArray]:
+        """Statistics of uniform ranks, by their number."""
+        return {
+            count: _null_statistics(count, np.random.default_rng([self.seed, 20_260_110]))
+            for count in {len(self.pit(name)) for name in self.names}
+        }
+
+    def bands(self, name: str) -> tuple[FloatArray, FloatArray]:
+        """Simultaneous 95 % bands of the ECDF of uniform ranks over its expectation, (point,)."""
+        from scipy.stats import binom
+
+        count, points = len(self.pit(name)), _points()
+        gamma = float(np.quantile(self._null[count], 0.05))
+        low, high = (
+            binom.ppf(q, count, points) / count - points for q in (gamma / 2, 1 - gamma / 2)
+        )
+        return low, high
 
     @cached_property
     def p_values(self) -> dict[str, float]:
@@ -117,7 +134,8 @@ class Calibration:
         found = {}
         for name in self.names:
             statistic = _statistic(self.pit(name)[None])[0]
-            found[name] = float((1 + (self._null <= statistic).sum()) / (1 + len(self._null)))
+            null = self._null[len(self.pit(name))]
+            found[name] = float((1 + (null <= statistic).sum()) / (1 + len(null)))
         return found
 
     @property
@@ -328,11 +346,13 @@ def _ladder(card: Prior, family: str, num_runs: int,
     num_lrs = int(rng.integers(3, 7))
     step = math.log(2.0) * rng.choice([0.5, 1.0])
     loss_se = 0.0005 if rng.random() < 0.3 else 0.0
+    usual = (WEIGHT_DECAY, WEIGHT_DECAY)
+    decays = (*usual, 3 * WEIGHT_DECAY, *usual, WEIGHT_DECAY / 3) if rng.random() < 0.3 else usual
     grid = [(n, e, d, b) for d in tokens for n, e in zip(sizes, experts, strict=True)
             for b in batches]  # fmt: skip
     grid.sort(key=lambda cell: cell[0] * cell[2])
     branching = rng.random() < 0.4  # Under WSD a run measures the shorter horizons on its way.
-    fixed: dict[str, Any] = {"family": family, "loss_se": loss_se}
+    fixed: dict[str, Any] = {"family": family, "loss_se": loss_se, "weight_decay": decays}
     ladder = [
         PlannedSlice(n_active=n, n_total=n * e, tokens=d, batch_tokens=b,
                      num_lrs=7 if wide else num_lrs, step=math.log(2.0) if wide else step,
@@ -428,14 +448,16 @@ def _fit(runs: RunTable, card: Prior, model: str, *, seed: int) -> Posterior:
 def _judge(drawn: Simulation, posterior: Posterior, targets: Sequence[Target],
            rng: np.random.Generator, seconds: float) -> TableResult:  # fmt: skip
     pit = {}
+    assert posterior.design is not None
     for name, truth in drawn.truth.items():
         # Least squares has no parameters of the model; noise is shared in some tables only.
         if name == "shared_noise" or posterior.info["method"] == "two-stage":
             continue
         draws = posterior.draws[name].to_numpy()
         if truth.ndim == 2:
-            for j, slope in enumerate(SLOPES):
-                label = f"{name}[{slope}]"
+            entries = SLOPES if name == "family_slope" else posterior.design.covariates
+            for j, entry in enumerate(entries):
+                label = f"{name}[{entry}]"
                 pit[label] = rank_share(draws[:, :, 0, j], float(truth[0, j]), rng)
         else:
             # The first of a level stands for it: groups of a level are exchangeable.
@@ -521,15 +543,8 @@ def _null_statistics(num_tables: int, rng: np.random.Generator) -> FloatArray:
 
 
 def _page(result: Calibration) -> str:
-    from scipy.stats import binom
-
-    count = len(result.tables)
-    gamma = float(np.quantile(result._null, 0.05))
-    points = _points()
-    low = binom.ppf(gamma / 2, count, points) / count - points
-    high = binom.ppf(1 - gamma / 2, count, points) / count - points
     plots = [
-        _plot(name, result.pit(name), result.p_values[name], points, low, high)
+        _plot(name, result.pit(name), result.p_values[name], _points(), *result.bands(name))
         for name in sorted(result.names, key=result.p_values.__getitem__)
     ]
     rows = "".join(
@@ -552,7 +567,7 @@ def _page(result: Calibration) -> str:
         "svg{width:100%;height:auto;background:#fafafa}</style></head><body>"
         f"<h1>Calibration of card {html_module.escape(result.prior)}</h1>"
         f"<p>{html_module.escape(result.verdict())}</p>"
-        f"<p>{count} tables of {min(runs)} to {max(runs)} runs, model {result.model}, "
+        f"<p>{len(result.tables)} tables of {min(runs)} to {max(runs)} runs, model {result.model}, "
         f"seed {result.seed}.</p>"
         "<h2>Coverage of the optimal LR</h2>"
         f"<table><tr><th>target</th>{head}</tr>{rows}</table>"

@@ -17,8 +17,9 @@ import numpy as np
 from bayeslr import laws
 from bayeslr.errors import DataError
 from bayeslr.features import Design, build_design, usable_rows
-from bayeslr.priors import PER_FAMILY, SLOPES
+from bayeslr.priors import PER_COVARIATE, PER_FAMILY, SLOPES
 from bayeslr.runs import first_reasons, make_table
+from bayeslr.specs import WEIGHT_DECAY
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -34,7 +35,7 @@ _Effects = dict[tuple[str, float], tuple[float, float]]
 
 # Not parameters of the model, though of the card: one is known through the levels of the loss, one
 # is a price that predictions charge.
-_NOT_DRAWN = ("loss_irreducible", "diverged_loss")
+_NOT_DRAWN = ("loss_irreducible", "diverged_loss", *PER_COVARIATE)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,7 +45,7 @@ class PlannedSlice:
     num_lrs LRs lie ``step`` apart in natural logs, each tried with ``repeats`` seeds. ``annealed``
     is false for losses that are read off before the LR has decayed. ``loss_se`` in nats. Slices of
     one ``trunk`` are decay branches of the same runs, shortest first: they have one shape, batch,
-    num_lrs, step and repeats, and the LRs of the first.
+    num_lrs, step and repeats, and the LRs of the first. Runs take their ``weight_decay`` in turn.
     """
 
     family: str
@@ -58,6 +59,7 @@ class PlannedSlice:
     annealed: bool = True
     loss_se: float = 0.0
     trunk: str | None = None
+    weight_decay: tuple[float, ...] = (WEIGHT_DECAY,)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +107,17 @@ def simulate(prior: Prior, layout: Sequence[PlannedSlice], rng: np.random.Genera
     design, where = _skeleton(planned)
     fitted = np.unique(where[: len(layout)])
     truth = _draw(prior, design, fitted, rng)
+    if any(set(s.weight_decay) != {WEIGHT_DECAY} for s in layout):
+        shape = len(design.families), 1
+        truth |= {
+            name: prior[name].draw(rng, shape[0]).reshape(shape) for name in PER_COVARIATE
+        }  # fmt: skip
     records, effects = _runs(prior, layout, where, truth, rng)
     runs = make_table(records, source="simulation")
     at_target = where[len(layout) :]
     return Simulation(
         runs=runs,
-        truth=_of_fitted(truth, design, fitted) | _shared_noise(runs, effects),
+        truth=_told(_of_fitted(truth, design, fitted), runs) | _shared_noise(runs, effects),
         target_log_lr=truth["lr_opt"][at_target],
         target_floor=truth["floor"][at_target],
     )
@@ -136,15 +143,28 @@ def _skeleton(planned: Sequence[PlannedSlice]) -> tuple[Design, NDArray[np.int64
     return design, design.slice_of_run
 
 
+def _told(truth: dict[str, FloatArray], runs: RunTable) -> dict[str, FloatArray]:
+    """The truth without covariates where no slice of the runs tells of them.
+
+    Raises: DataError where most runs of a family have another value than the usual.
+    """
+    design = build_design(runs)
+    if not design.covariates:
+        return {name: values for name, values in truth.items() if name not in PER_COVARIATE}
+    if (design.covariate_reference != WEIGHT_DECAY).any():
+        raise DataError("most runs of a family have another weight decay than the usual")
+    return truth
+
+
 def _record(planned: PlannedSlice, run_id: str, *, lr: float, loss: float | None,
-            seed: int | None = None) -> dict[str, Any]:  # fmt: skip
+            seed: int | None = None, nth: int = 0) -> dict[str, Any]:  # fmt: skip
     finished = "ok" if planned.annealed else "partial"
     return {
         "run_id": run_id, "family": planned.family, "lr": lr, "n_active": planned.n_active,
         "n_total": planned.n_total, "param_convention": "non_embedding",
         "tokens": planned.tokens, "batch_tokens": planned.batch_tokens, "loss": loss,
         "loss_se": planned.loss_se or None, "status": "diverged" if loss is None else finished,
-        "seed": seed,
+        "seed": seed, "weight_decay": planned.weight_decay[nth % len(planned.weight_decay)],
     }  # fmt: skip
 
 
@@ -248,6 +268,7 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
         "loss_shape": loss_at_shape - loss_law,
         "best_batch": best_batch, "lr_cell": lr_cell, "loss_cell": loss_cell,
         "lr_opt": lr_opt, "log_curvature": log_curvature, "floor": floor,
+        "_d_log_n_active": d_n,
         "_d_log_batch": design.log_batch - centre["log_batch"], "_d_log_tokens": d_d,
         "_edge": lr_cell[c] + zero_knee + p["edge_batch"] * (knee - zero_knee)
         + np.exp(log_edge_offset[g]),
@@ -294,7 +315,7 @@ def _runs(prior: Prior, layout: Sequence[PlannedSlice], where: NDArray[np.int64]
             effects[f"{name}-{j}", planned.tokens] = float(trunk.noise[j]), float(orders[j])
             seed = int(j) % planned.repeats if planned.repeats > 1 else None
             records.append(_record(
-                planned, f"{name}-{j}", lr=float(np.exp(log_lr[j])), seed=seed,
+                planned, f"{name}-{j}", lr=float(np.exp(log_lr[j])), seed=seed, nth=int(j),
                 loss=None if diverged[j] else float(loss[j]),
             ))  # fmt: skip
         trunk.alive &= ~diverged
@@ -332,10 +353,19 @@ def _outcomes(trunk: _Trunk, branching: bool, orders: FloatArray, planned: Plann
               truth: Mapping[str, FloatArray],
               rng: np.random.Generator) -> tuple[FloatArray, NDArray[np.bool_]]:  # fmt: skip
     """Losses in nats and whether each run diverged, (run,), in slice ``s`` of the truth."""
-    log_lr = trunk.log_lr
+    log_lr, off_best, of_reference = trunk.log_lr, 0.0, 0.0
     g = int(truth["_family"][s])
+    if "covariate_shift" in truth:
+        tried = np.resize(planned.weight_decay, len(log_lr))
+        shift, off_best, of_reference = laws.covariate_terms(
+            np.log(tried / WEIGHT_DECAY)[:, None], truth["_d_log_n_active"][s],
+            {name: truth[name][g] for name in PER_COVARIATE},
+        )  # fmt: skip
+        log_lr = log_lr + shift
     u = log_lr - truth["lr_opt"][s]
-    excess = laws.valley_excess(u, np.exp(truth["log_curvature"][s]), np.exp(truth["log_skew"][g]))
+    excess = off_best + laws.valley_excess(
+        u, np.exp(truth["log_curvature"][s]), np.exp(truth["log_skew"][g])
+    )
     of_family = {name: truth[name][g] if name in PER_FAMILY else truth[name] for name in laws.NOISE}
     sd = laws.noise_scale(
         excess, u, truth["_d_log_batch"][s], truth["_d_log_tokens"][s], of_family, planned.loss_se
@@ -346,7 +376,7 @@ def _outcomes(trunk: _Trunk, branching: bool, orders: FloatArray, planned: Plann
     lost = laws.logistic((log_lr - truth["_edge"][s]) / truth["edge_width"])
     # Unfinished runs in the model have not reached their end: none is said to have diverged.
     diverged = (rng.random(len(log_lr)) < lost) & planned.annealed
-    return truth["floor"][s] + excess + sd * noise, diverged
+    return truth["floor"][s] + excess - of_reference + sd * noise, diverged
 
 
 _LEVEL_OF = {
