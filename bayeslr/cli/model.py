@@ -148,10 +148,19 @@ def predict(
     prior: Annotated[
         str | None, typer.Option(help="Predict from this prior card alone, without a fit.")
     ] = None,
+    covariates: Annotated[
+        bool,
+        typer.Option(
+            "--covariates",
+            help="Instead of the LR, the best weight decay and LR multipliers, where runs of a "
+            "slice differ in them.",
+        ),
+    ] = False,
     out: PredictionsOption = None,
     json: JsonOption = False,
 ) -> None:
     """The LR at targets: recommendation, quantiles, expected regret, risk, distance to the data."""
+    from bayeslr.covariates import covariate_table
     from bayeslr.posterior import load
     from bayeslr.predict import predict as run_predict
     from bayeslr.predict import prior_posterior
@@ -165,7 +174,8 @@ def predict(
         targets, n_active=n_active, n_total=n_total, tokens=tokens, batch_tokens=batch_tokens,
         family=family, convention=posterior.info.get("param_convention"),
     )  # fmt: skip
-    table = run_predict(posterior, wanted)
+    beside = covariate_table(posterior, wanted)
+    table = beside if covariates else run_predict(posterior, wanted)
     if out is not None:
         write_table(table, out)
     if json:
@@ -173,7 +183,9 @@ def predict(
     else:
         if targets is None:
             _echo(echoed(wanted[0]))
-        _echo(*prediction_lines(table))
+        _echo(*([] if covariates else prediction_lines(table)), *beside["sentence"])
+        if covariates and beside.empty:
+            _echo("Runs of a slice differ in LR and seed alone: nothing is known of other values.")
         if out is not None:
             _echo(f"Predictions written to {out}")
     _echo(*(f"Warning: {text}" for text in warnings_of(posterior.info)), err=True)

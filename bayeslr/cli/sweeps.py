@@ -194,13 +194,21 @@ def _print_summary(result: SweepResult) -> None:
     rows: list[dict[str, Any]] = result.predictions.to_dict("records")  # type: ignore[assignment]
     for row in rows:
         _echo(f"{row['target_id']}: {row['sentence']}")
+    _echo(*result.covariates["sentence"])
     if lines := verdict_lines(result.posterior.info):
         _echo("", "What the checks of the fit say (more in the report):", *lines)
     if result.validation is not None:
         _echo("", *result.validation.lines())
     left = [
         n
-        for n in ("report.html", "runs.parquet", "runs.quarantine.csv", "predictions.csv", "fit")
+        for n in (
+            "report.html",
+            "runs.parquet",
+            "runs.quarantine.csv",
+            "predictions.csv",
+            "covariates.csv",
+            "fit",
+        )
         if (result.out / n).exists()
     ]
     _echo("", f"In {result.out}: {', '.join(left)}")

@@ -38,13 +38,17 @@ _MORE_DRAWS = 4000
 
 @dataclass(frozen=True, kw_only=True)
 class SweepResult:
-    """What a sweep leaves: runs, posterior, predictions, why it stopped, what ended early."""
+    """What a sweep leaves: runs, posterior, predictions, why it stopped, what ended early.
+
+    ``covariates``: the best values of what else the space varied, as `covariate_table`.
+    """
 
     recipe: Recipe
     out: Path
     runs: RunTable
     posterior: Posterior
     predictions: pd.DataFrame
+    covariates: pd.DataFrame
     stop: Stop
     spent_flops: float
     early: EarlyEnds
@@ -62,6 +66,7 @@ def conclude(
             f"sweep {recipe.name}: no run came to anything ({'; '.join(sorted(reasons))[:600]}); "
             f"see {out / 'runs'}/*/stderr.log, mend the cause, repeat with --retry"
         )
+    from bayeslr.covariates import covariate_table
     from bayeslr.predict import predict
     from bayeslr.sampling import fit
 
@@ -73,8 +78,11 @@ def conclude(
     posterior = fit(table, recipe.prior, seed=recipe.seed, method=method)
     posterior = _checked(posterior, table, recipe.seed, progress)
     posterior.save(out / "fit")
-    predictions = predict(posterior, targets_of(recipe, runner))
+    targets = targets_of(recipe, runner)
+    predictions, covariates = predict(posterior, targets), covariate_table(posterior, targets)
     write_atomically(out / "predictions.csv", predictions.to_csv(index=False).encode())
+    if len(covariates):
+        write_atomically(out / "covariates.csv", covariates.to_csv(index=False).encode())
     study.set_note(
         "prediction",
         {
@@ -90,6 +98,7 @@ def conclude(
         runs=table,
         posterior=posterior,
         predictions=predictions,
+        covariates=covariates,
         stop=stop,
         spent_flops=math.fsum(t.flops for t in trials),
         early=early_ends(trials, posterior),

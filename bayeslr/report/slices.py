@@ -13,7 +13,7 @@ from bayeslr.models import two_stage
 from bayeslr.report import figures
 from bayeslr.report.text import interval_text
 from bayeslr.specs import Target
-from bayeslr.units import format_lr, format_quantity
+from bayeslr.units import counted, format_lr, format_quantity
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,8 @@ class Slice:
     """The runs of one slice: finished ones by LR, with their losses, and diverged ones.
 
     ``star`` holds quantiles of LR*; empty where the method gives none for this slice. ``edge`` is
-    the side on which the optimum was not bracketed.
+    the side on which the optimum was not bracketed. ``num_others`` runs are left out, for their
+    weight decay or LR multipliers are not the reference, so they lie in another valley.
     """
 
     number: int
@@ -40,6 +41,7 @@ class Slice:
     loss: FloatArray
     diverged_lr: FloatArray
     star: dict[str, float]
+    num_others: int
 
     @property
     def num_lrs(self) -> int:
@@ -79,7 +81,8 @@ def read_slices(posterior: Posterior) -> list[Slice]:
     stars = _stars(posterior, design)
     slices = []
     for number in range(design.num_slices):
-        here = design.slice_of_run == number
+        runs = design.slice_of_run == number
+        here = runs & design.at_reference
         finished = here & ~design.diverged
         slices.append(
             Slice(
@@ -88,6 +91,7 @@ def read_slices(posterior: Posterior) -> list[Slice]:
                 loss=design.loss[finished],
                 diverged_lr=np.exp(design.log_lr[here & design.diverged]),
                 star=stars[number],
+                num_others=int((runs & ~here).sum()),
             )
         )
     return slices
@@ -155,7 +159,7 @@ def valley_cards(posterior: Posterior, chosen: list[Slice]) -> list[dict[str, st
             {
                 "title": title,
                 "warning": f"best at the {one.edge}est LR tried: not bracketed" if one.edge else "",
-                "subtitle": subtitle + (f", {family}" if several else ""),
+                "subtitle": subtitle + (f", {family}" if several else "") + _others(one),
                 "svg": figures.valley(
                     f"valley{one.number}",
                     lr=lr,
@@ -170,6 +174,12 @@ def valley_cards(posterior: Posterior, chosen: list[Slice]) -> list[dict[str, st
             }
         )
     return cards
+
+
+def _others(one: Slice) -> str:
+    if not one.num_others:
+        return ""
+    return f"; {counted(one.num_others, 'run')} off the reference (beside the LR) not shown"
 
 
 def _loss_bands(posterior: Posterior, number: int, lr: FloatArray) -> dict[str, FloatArray]:
@@ -207,7 +217,7 @@ def slice_rows(
                 "n_total": format_quantity(x["log_n_active"][s] / x["log_sparsity"][s]),
                 "tokens": format_quantity(x["log_tokens"][s]),
                 "batch": format_quantity(x["log_batch"][s]),
-                "runs": len(one.lr) + len(one.diverged_lr),
+                "runs": len(one.lr) + len(one.diverged_lr) + one.num_others,
                 "diverged": len(one.diverged_lr),
                 "best": format_lr(one.best_lr) if one.best_lr is not None else "none",
                 "optimum": format_lr(one.star["q50"]) if one.star else "none",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bayeslr import predict
+from bayeslr.covariates import covariate_table
 from bayeslr.report import figures
 from bayeslr.report.text import (
     edge_text,
@@ -99,6 +100,28 @@ def target_rows(
             }
         )
     return rows, (format_lr(low), format_lr(high))
+
+
+def covariate_rows(posterior: Posterior, targets: Sequence[Target]) -> list[dict[str, str]]:
+    """Rows of the table of what else was varied: its best value, and what that saves."""
+    rows = []
+    for row in covariate_table(posterior, targets).to_dict("records"):
+        low, high = (f"{row[name]:.3g}" for name in ("best_q05", "best_q95"))
+        rows.append(
+            {
+                "name": row["covariate"],
+                "target": row["target_id"],
+                "tried": f"{row['tried_low']:.3g} to {row['tried_high']:.3g}",
+                "reference": f"{row['reference']:.3g}",
+                "best": f"{low} to {high}",
+                "value": f"{row['value']:.3g}",
+                "gain": nats_text(max(row["gain_mean"], 0.0)),
+                "extra_tokens": share_text(row["extra_tokens"]),
+                "lr_factor": f"{row['lr_factor']:.2f}",
+                "sentence": row["sentence"],
+            }
+        )
+    return rows
 
 
 def _family_note(row: dict[str, Any]) -> str:
