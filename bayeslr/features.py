@@ -47,9 +47,8 @@ class Design:
     Shapes: ``family_of_shape``, ``log_n_active``, ``log_sparsity`` (shape,), the latter
     ln(n_active / n_total). Families: names in ``families``, ``parametrizations`` (family,).
     Covariates: names in ``covariates``, hyperparameters beside the LR that differ within some
-    slice; ``covariate_of_run`` (run, covariate), natural log of each over the family's
-    ``covariate_reference`` (family, covariate), which is 1 for LR multipliers and what most runs
-    have for weight decay.
+    slice; ``covariate_of_run`` (run, covariate), natural log of each over what most runs of the
+    family have, ``covariate_reference`` (family, covariate).
     """
 
     slice_of_run: IntArray
@@ -184,27 +183,20 @@ def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntA
     return trunk_of_run, _numbered(orders, several, int(trunk_of_run.max()) + 1)
 
 
-def _reference(values: pd.Series[float], name: str) -> float:
-    """What a family's covariates are told over; 1 where none is stated."""
-    stated = values.dropna()
-    if name != "weight_decay" or stated.empty:
-        return 1.0
-    # Of equally many the least, so that the order of rows does not matter.
-    return float(stated.mode().iloc[0])
-
-
 def _covariates(
     frame: pd.DataFrame, slice_of_run: IntArray, family_of_run: IntArray
 ) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
     """``covariates``, ``covariate_of_run`` and ``covariate_reference`` of a `Design`.
 
-    What is not stated is the reference. The log of no weight decay at all is that of a tenth of the
-    family's least: below some value its effect is nil.
+    An LR multiplier that is not stated is 1, a weight decay the reference. The log of no weight
+    decay at all is that of a tenth of the family's least: below some value its effect is nil.
     """
     num_families = int(family_of_run.max()) + 1
     names, logs, references = [], [], []
     for name in COVARIATES:
         values = frame[name].astype(float)
+        if name != "weight_decay":
+            values = values.fillna(1.0)
         if values.groupby(slice_of_run).nunique().max() < 2:
             continue
         log, reference = np.zeros(len(frame)), np.ones(num_families)
@@ -213,7 +205,8 @@ def _covariates(
             own = values[mine]
             least = own[own > 0].min() / 10 if (own > 0).any() else 1.0
             own = own.where(own != 0, least)
-            reference[g] = _reference(own, name)
+            # Of equally frequent ones the least, so that the order of rows does not matter.
+            reference[g] = next(iter(own.mode()), 1.0)
             log[mine] = np.log(own.fillna(reference[g]) / reference[g])
         names.append(name)
         logs.append(log)
