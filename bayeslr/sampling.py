@@ -52,7 +52,8 @@ NOISE_SLOPES = ("noise_batch", "noise_tokens", "noise_side")
 _STEP = {
     "floor_raw": 0.005, "loss_cell_raw": 0.01, "log_loss_level": 0.01, "lr_opt_raw": 0.1,
     "lr_cell_raw": 0.1, "lr_anchor": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02,
-    "best_batch_raw": 0.3, "best_batch_level": 0.2,
+    "best_batch_raw": 0.3, "best_batch_level": 0.2, "covariate_optimum_slope": 0.002,
+    "covariate_n_active_slope": 0.002,
 }  # fmt: skip
 
 
@@ -181,7 +182,8 @@ def find_mode(
     free = np.setdiff1d(np.arange(compiled.size), fixed)
     step = np.full(compiled.size, 0.3)
     for name, size in _STEP.items():
-        step[compiled.index(name)] = size
+        if name in compiled.names:  # those of covariates are there with covariates alone
+            step[compiled.index(name)] = size
 
     # Where a step overflows the search finds a bowl about the last point that did not.
     good = np.zeros(len(free)), 0.0

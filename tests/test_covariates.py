@@ -75,7 +75,7 @@ def tried_runs() -> RunTable:
 
 @pytest.fixture(scope="module")
 def told() -> Posterior:
-    return fit(tried_runs(), "moe-default", seed=1, num_warmup=150, num_draws=200, fast=True)
+    return fit(tried_runs(), "moe-default", seed=1, fast=True)
 
 
 def test_what_differs_within_a_slice_is_a_covariate() -> None:

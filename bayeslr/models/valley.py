@@ -245,6 +245,24 @@ def _noise_sd(prior: Prior, own: Any, has_loss: Any, num_families: int) -> Any:
     return pm.Deterministic("noise_sd", pt.exp(log_sd))
 
 
+def _covariates(prior: Prior, size: tuple[int, int]) -> dict[str, Any]:
+    """The parameters of `PER_COVARIATE`, each (family, covariate).
+
+    Runs tell how steep the loss is at the reference, best value times curvature: that is sampled
+    for the best value and for how it moves with size. The Jacobian is one over the curvature.
+    """
+    shift, curvature = (
+        _variable(name, prior, shape=size) for name in ("covariate_shift", "covariate_curvature")
+    )
+    found = {"covariate_shift": shift, "covariate_curvature": curvature}
+    for name in ("covariate_optimum", "covariate_n_active"):
+        slope = pm.Flat(f"{name}_slope", shape=size)
+        found[name] = pm.Deterministic(name, slope / curvature)
+        of = pm.Normal.dist(prior[name].location, prior[name].scale)
+        pm.Potential(f"{name}_prior", (pm.logp(of, found[name]) - pt.log(curvature)).sum())
+    return found
+
+
 def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
     """PyMC model of the table behind ``arrays`` (from `model_data`) under a prior card.
 
@@ -429,10 +447,8 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         run_family = slice_family[run_slice]
         log_lr, off_best, of_reference = data["run_log_lr"], 0.0, 0.0
         if num_covariates := arrays["run_covariates"].shape[1]:
-            by_run = {
-                name: _variable(name, prior, shape=(num_families, num_covariates))[run_family]
-                for name in PER_COVARIATE
-            }
+            covariates = _covariates(prior, (num_families, num_covariates))
+            by_run = {name: value[run_family] for name, value in covariates.items()}
             shift, off_best, of_reference = laws.covariate_terms(
                 data["run_covariates"], d_n[slice_cell][run_slice][:, None], by_run
             )
