@@ -443,8 +443,8 @@ def parse_recipe(raw: Mapping[str, Any], where: str = "recipe") -> Recipe:
                     parse_count(b, name="space.batch_tokens") for b in space["batch_tokens"]
                 ),
                 shapes=tuple(dict(s) for s in space.get("shapes", ())),
-                weight_decay=space.get("weight_decay", ()),
-                lr_multipliers=space.get("lr_multipliers", {}),
+                weight_decay=_frozen(space.get("weight_decay", ())),
+                lr_multipliers=_frozen(space.get("lr_multipliers", {})),
             ),
             targets=tuple(dict(t) for t in raw["targets"]),
             run=dict(raw.get("run", {})),
@@ -471,6 +471,13 @@ def _with_budget(sweep: Mapping[str, Any], where: str) -> dict[str, Any]:
     if hours := sweep.pop("budget_gpu_hours", None):
         sweep["budget_flops"] = flops_in(hours, sweep["flops_per_second"])
     return sweep
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, in a table too; what is neither is for `Space` to judge."""
+    if isinstance(value, Mapping):
+        return {key: _frozen(entry) for key, entry in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:

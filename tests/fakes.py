@@ -28,6 +28,7 @@ class FakePosterior:
     max_r_hat: float = 1.0
     seconds: float = 1.0
     checks: Mapping[str, Any] = field(default_factory=dict)
+    design: None = None
 
     @property
     def info(self) -> dict[str, Any]:

@@ -104,7 +104,7 @@ def made_up_posterior(families: tuple[str, ...] = ("one",), *, r_hat: bool = Tru
         "log_curvature": math.log(0.03), "floor": 2.5,
     }  # fmt: skip
     for name, levels in OUTPUTS.items():
-        if name == "shared_noise":  # these runs share none
+        if {"shared", "covariate"} & set(levels):  # these runs share no noise, and differ in LR
             continue
         shape = (*chains, *(sizes[level] for level in levels))
         if name in PER_FAMILY:

@@ -41,8 +41,9 @@ def test_all_outputs_are_there_in_the_sizes_of_the_data(posterior: Posterior) ->
     sizes = valley.sizes_of(design)
     assert design.num_shared == 0
     assert "shared_noise" not in posterior.draws
+    assert design.covariates == ()
     for name, levels in OUTPUTS.items():
-        if name == "shared_noise":
+        if {"shared", "covariate"} & set(levels):
             continue
         for level, size in zip(levels, posterior.draws[name].shape[2:], strict=True):
             assert size == (len(SLOPES) if level == "slope" else sizes[level]), name

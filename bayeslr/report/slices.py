@@ -41,7 +41,7 @@ class Slice:
     loss: FloatArray
     diverged_lr: FloatArray
     star: dict[str, float]
-    num_others: int
+    num_others: int = 0
 
     @property
     def num_lrs(self) -> int:
