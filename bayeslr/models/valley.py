@@ -245,21 +245,35 @@ def _noise_sd(prior: Prior, own: Any, has_loss: Any, num_families: int) -> Any:
     return pm.Deterministic("noise_sd", pt.exp(log_sd))
 
 
-def _covariates(prior: Prior, size: tuple[int, int]) -> dict[str, Any]:
+def _covariates(prior: Prior, log_curvature: Any, size: tuple[int, int]) -> dict[str, Any]:
     """The parameters of `PER_COVARIATE`, each (family, covariate).
 
-    Runs tell how steep the loss is at the reference, best value times curvature: that is sampled
-    for the best value and for how it moves with size. The Jacobian is one over the curvature.
+    Runs tell how the loss bends and slopes along a covariate at a fixed LR; how much of it goes
+    over the LR, only runs at several LRs. So that is what is sampled: the log of the whole bend
+    (curvature + the valley's times shift^2), Fisher's z of its tie to the LR, and best value times
+    curvature. log_curvature (family,) is the valley's; the Jacobian is told beside each prior.
     """
-    shift, curvature = (
-        _variable(name, prior, shape=size) for name in ("covariate_shift", "covariate_curvature")
-    )
-    found = {"covariate_shift": shift, "covariate_curvature": curvature}
+    entry = prior["covariate_curvature"]
+    median = np.full(size, np.log(entry.location))
+    log_bend = pm.Flat("covariate_bend", shape=size, initval=median)
+    tie = pm.Flat("covariate_tie", shape=size, initval=np.full(size, 0.3))
+    half_ratio = 0.5 * (log_bend - log_curvature[:, None])
+    shift = pt.tanh(tie) * pt.exp(half_ratio)
+    log_cosh = laws.softplus(2.0 * tie, pt) - tie - np.log(2.0)
+    log_own = log_bend - 2.0 * log_cosh
+    found = {
+        "covariate_shift": pm.Deterministic("covariate_shift", shift),
+        "covariate_curvature": pm.Deterministic("covariate_curvature", pt.exp(log_own)),
+    }
+    bend_prior = pm.logp(pm.Normal.dist(np.log(entry.location), entry.scale), log_own)
+    entry = prior["covariate_shift"]
+    shift_prior = pm.logp(pm.Normal.dist(entry.location, entry.scale), shift)
+    pm.Potential("covariate_prior", (bend_prior + shift_prior + half_ratio).sum())
     for name in ("covariate_optimum", "covariate_n_active"):
         slope = pm.Flat(f"{name}_slope", shape=size)
-        found[name] = pm.Deterministic(name, slope / curvature)
+        found[name] = pm.Deterministic(name, slope * pt.exp(-log_own))
         of = pm.Normal.dist(prior[name].location, prior[name].scale)
-        pm.Potential(f"{name}_prior", (pm.logp(of, found[name]) - pt.log(curvature)).sum())
+        pm.Potential(f"{name}_prior", (pm.logp(of, found[name]) - log_own).sum())
     return found
 
 
@@ -447,7 +461,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         run_family = slice_family[run_slice]
         log_lr, off_best, of_reference = data["run_log_lr"], 0.0, 0.0
         if num_covariates := arrays["run_covariates"].shape[1]:
-            covariates = _covariates(prior, (num_families, num_covariates))
+            covariates = _covariates(prior, log_curvature_level, (num_families, num_covariates))
             by_run = {name: value[run_family] for name, value in covariates.items()}
             shift, off_best, of_reference = laws.covariate_terms(
                 data["run_covariates"], d_n[slice_cell][run_slice][:, None], by_run
