@@ -15,7 +15,7 @@ from bayeslr.features import build_design
 from bayeslr.models import simulate, valley
 from bayeslr.models.compiled import CompiledModel, compile_model
 from bayeslr.models.simulate import PlannedSlice
-from bayeslr.priors import Prior
+from bayeslr.priors import PER_COVARIATE, Prior
 from bayeslr.runs import RunTable, concat, make_table
 from bayeslr.sampling import SCALES, _data_start, _recentred, configure_jax, held
 from tests.model_fixtures import made_up_runs, run_record, true_log_lr
@@ -31,7 +31,8 @@ Point = Mapping[str, NDArray[np.float64]]
 def two_families() -> RunTable:
     """Two families, a slice of unfinished runs, known standard errors, diverged runs.
 
-    Of the other family each run has two decay branches, at two seeds.
+    Of the other family each run has two decay branches, at two seeds; the middle ones have another
+    weight decay.
     """
     first = made_up_runs(offsets=(-1.4, 0.0, 2.1))
     middle = true_log_lr(3e7, 2e9, 131_072.0)
@@ -45,6 +46,7 @@ def two_families() -> RunTable:
         run_record(
             f"o{i}{seed}", 5e7, tokens, 262_144.0, np.exp(middle + u),
             2.9 + 0.02 * u**2 + 0.001 * seed, family="other", seed=seed,
+            weight_decay=0.3 if i == 1 else 0.1,
         )
         for i, u in enumerate((-0.7, 0.0, 0.7)) for seed in (0, 1) for tokens in (4e9, 8e9)
     ]  # fmt: skip
@@ -57,7 +59,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     total = 0.0
     p: dict[str, Any] = {}
     for name, entry in card.parameters.items():
-        if name in (*LOSS_LAW, "diverged_loss"):
+        if name in (*LOSS_LAW, *PER_COVARIATE, "diverged_loss"):
             continue
         if name == "noise_sd":
             continue
@@ -192,14 +194,27 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         "loss_slice_sd", arrays["slice_has_floor"],
     )  # fmt: skip
     gr = gs[s]
-    skew, u = np.exp(log_skew)[gr], arrays["run_log_lr"] - lr_opt[s]
+    log_lr, covariates, at_reference = arrays["run_log_lr"].copy(), 0.0, 0.0
+    for k, z_run in enumerate(arrays["run_covariates"].T):
+        of = [
+            covariate(point, card, g, k, float(point["log_curvature_level"][g]))
+            for g in range(len(bend_level))
+        ]  # fmt: skip
+        total += sum(prior for *_, prior in of)
+        shift, own_bend, best, by_size = (np.array([one[i] for one in of])[gr] for i in range(4))
+        best = best + by_size * d_nc[c][s]
+        log_lr += shift * z_run
+        covariates = covariates + own_bend * (z_run - best) ** 2
+        at_reference = at_reference + own_bend * best**2
+    skew, u = np.exp(log_skew)[gr], log_lr - lr_opt[s]
     # A cubic from its inflection at -1 / skew up, its tangent there below.
     straight = 2 / (3 * skew**2) - (u + 1 / skew) / skew
     excess = np.exp(bend)[s] * np.where(skew * u > -1, u**2 + skew * u**3 / 3, straight)
+    excess = excess + covariates
     widened = np.exp(
         p["noise_batch"][gr] * (arrays["slice_log_batch"] - mid_batch)[s]
         + p["noise_tokens"][gr] * d_d[c][s]
-        + p["noise_side"][gr] * np.tanh(arrays["run_log_lr"] - lr_opt[s])
+        + p["noise_side"][gr] * np.tanh(log_lr - lr_opt[s])
     )
     sd = np.sqrt(
         widened**2 * (p["noise_sd"][gr] ** 2 + (p["noise_share"] * excess) ** 2)
@@ -214,18 +229,52 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         roots = sd[i] * np.sqrt(parts / parts.sum())
         common = roots[0] * z[arrays["run_trunk"][i]] + roots[1] * z[arrays["run_order"][i]]
         total += stats.t.logpdf(
-            arrays["run_loss"][i], 1 + p["noise_dof"], floor[s][i] + excess[i] + common, roots[2]
+            arrays["run_loss"][i],
+            1 + p["noise_dof"],
+            (floor[s] + excess - at_reference)[i] + common,
+            roots[2],
         )
     edge = lr_c[c] + zero_knee + p["edge_batch"] * (knee - zero_knee) + np.exp(log_edge)[gs]
     edge = edge[s]
-    risk = 1 / (1 + np.exp(-(arrays["run_log_lr"] - edge) / p["edge_width"]))
+    risk = 1 / (1 + np.exp(-(log_lr - edge) / p["edge_width"]))
     for i in np.flatnonzero(arrays["run_has_end"]):
         total += np.log(risk[i] if arrays["run_diverged"][i] else 1 - risk[i])
     return float(total)
 
 
+def covariate(
+    point: Point, card: Prior, g: int, k: int, valley_bend: float
+) -> tuple[float, float, float, float, float]:
+    """Shift, curvature, best value, how it moves with size, and their log density, in terms of what
+    is sampled; the Jacobian by differences.
+    """
+    names = ("covariate_bend", "covariate_tie", "covariate_optimum_slope",
+             "covariate_n_active_slope")  # fmt: skip
+    sampled = np.array([point[name][g, k] for name in names])
+
+    def told(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Shift, log curvature, best value, its exponent."""
+        shift = np.tanh(x[1]) * np.exp((x[0] - valley_bend) / 2)
+        own = np.exp(x[0]) - np.exp(valley_bend) * shift**2
+        return np.array([shift, np.log(own), x[2] / own, x[3] / own])
+
+    jacobian = [(told(sampled + e) - told(sampled - e)) / 2e-5 for e in 1e-5 * np.eye(4)]
+    density = np.linalg.slogdet(np.array(jacobian))[1]
+    values = told(sampled)
+    for value, name in zip(
+        values, ("shift", "curvature", "optimum", "n_active"), strict=True
+    ):  # fmt: skip
+        entry = card[f"covariate_{name}"]
+        middle = np.log(entry.location) if entry.kind == "lognormal" else entry.location
+        density += stats.norm.logpdf(value, middle, entry.scale)
+    return float(values[0]), float(np.exp(values[1])), *values[2:].tolist(), float(density)
+
+
 def random_point(compiled: CompiledModel, rng: np.random.Generator) -> NDArray[np.float64]:
-    return np.asarray(compiled.start + 0.2 * rng.normal(size=compiled.size))
+    x = compiled.start + 0.2 * rng.normal(size=compiled.size)
+    for name in ("covariate_optimum_slope", "covariate_n_active_slope"):
+        x[compiled.index(name)] *= 0.01  # best values of the order of one
+    return np.asarray(x)
 
 
 def named(compiled: CompiledModel, x: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -280,7 +329,10 @@ def test_a_point_centred_otherwise_is_the_same_point(
 
 def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, card: Prior) -> None:
     names = {name.removesuffix("_log__") for name in compiled.names}
-    assert set(card.parameters) - names == {*LOSS_LAW, "noise_sd", "diverged_loss"}
+    assert set(card.parameters) - names == {
+        *LOSS_LAW, *PER_COVARIATE, "noise_sd", "diverged_loss"
+    }  # fmt: skip
+    assert {"covariate_bend", "covariate_tie", "covariate_optimum_slope"} < names
     assert {"log_loss_level", "loss_ratio", "log_loss_slope", "log_noise"} < names
 
 
