@@ -21,6 +21,7 @@ import numpy as np
 from bayeslr import laws
 from bayeslr.covariates import best_values, covariate_draws, least_expected
 from bayeslr.errors import SpecError, UntrustworthyFit
+from bayeslr.finishing import Finishing
 from bayeslr.pointwise import noise_parameters
 from bayeslr.posterior import Posterior
 from bayeslr.predict import (
@@ -55,6 +56,9 @@ _COST_POWER = 0.5
 # A loss this far above the floor says "far too high" or "diverged", and no more than that.
 _MAX_EXCESS = 0.3
 
+# Excesses in nats at which the end of a run is priced, and where to look for their LRs in ln LR.
+_EXCESSES, _FARTHEST = (0.005, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), 20.0
+
 # Floors beyond this central part of their draws, or so many nats from their median, count as its
 # ends: farther off, a floor is unknown and that is all.
 _CENTRAL, _FAR = (0.005, 0.995), 3.0
@@ -70,7 +74,7 @@ class Proposal:
 
     ``saves_nats`` is the expected fall of the targets' mean regret, ``saves_flops`` what the falls
     are worth as compute of each target, both given the proposals before it. ``p_diverge`` is the
-    run's own; ``repeat`` is the candidate's.
+    run's own; ``repeat`` is the candidate's; ``finishing`` says what the end is worth under way.
     """
 
     spec: RunSpec
@@ -80,6 +84,7 @@ class Proposal:
     p_diverge: float
     reason: str
     repeat: bool = False
+    finishing: Finishing | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -271,6 +276,8 @@ class _Beliefs:
         of_trunk, _, own = laws.noise_shares(num_branches[candidate_of] > 1, 0.0, ratio)
         effect = rng.normal(size=(len(self.loss), len(candidates)))[:, candidate_of]
         self.loss += of_trunk * np.sqrt(self.noise_variance) * effect
+        self._posterior, self._column, self._cells, self._floor = posterior, column, extra, floor
+        self._of_trunk, self._own = of_trunk, own
         self.noise_variance *= own**2
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         last = np.array([mine[-1] for mine in cell_of])
@@ -287,6 +294,7 @@ class _Beliefs:
             which = np.flatnonzero(sizes == size)
             self._groups.append((which, np.array([seen[i] for i in which])))
         self._center()
+        self._goal_before, self._loss_before = self.goal.copy(), self.loss.copy()
 
     def changed(self, candidate: int) -> str:
         """What of a candidate's covariates is not the reference, as the end of a sentence."""
@@ -333,6 +341,51 @@ class _Beliefs:
             falls[which] = self._by_target(np.maximum(explained - chance, 0.0) * self.curvature)
         return falls
 
+    def ends(self, run: int, others: Sequence[int]) -> FloatArray:
+        """What the end of a run tells, by how far above its slice's floor it turns out to be:
+        expected fall of each target's regret, nats, (excess, target), beyond what others tell.
+
+        That is what a run is worth whose LR lies where such an excess is expected. The curve counts
+        as nothing: a run that was stopped is one loss of a cell of its own, before the decay, and
+        says next to nothing of LR* (docs/log.md).
+        """
+        mine, known = self.observations[run], [o for i in others for o in self.observations[i]]
+        goal, draws = self._goal_before, len(self._goal_before)
+        loss = self._loss_before[:, known]
+        noise = np.zeros((len(known) + len(mine),) * 2)
+        noise[: len(known), : len(known)] = np.diag(self.noise_variance[known])
+        from_others = _explained(loss, goal, noise[: len(known), : len(known)])
+        chance = len(mine) / draws * goal.var(axis=0)
+        falls = np.zeros((len(_EXCESSES), goal.shape[1]))
+        for row, excess in enumerate(_EXCESSES):
+            for side in (-1.0, 1.0):  # whichever tells more: which one it is shows later
+                ends, noise_sd = self._ends_at(mine, excess, side)
+                trunk = self._of_trunk[mine] * noise_sd
+                block = np.outer(trunk, trunk) + np.diag((self._own[mine] * noise_sd) ** 2)
+                noise[len(known) :, len(known) :] = block
+                explained = _explained(np.hstack([loss, ends]), goal, noise)
+                falls[row] = np.maximum(falls[row], explained - from_others - chance)
+        # Where two ways of telling cancel, the fall dips: nearer the floor never counts for less.
+        return np.asarray(np.maximum.accumulate(falls[::-1])[::-1] * self.curvature)
+
+    def _ends_at(self, observed: Sequence[int], excess: float,
+                 side: float) -> tuple[FloatArray, FloatArray]:  # fmt: skip
+        """Losses (draw, observation) of LRs to one side of LR* at which such an excess is expected,
+        and the sd of their noise (observation,).
+        """
+        at, column = self.at, self._column[observed]
+        curvature = at.curvature[:, column]
+        skew = np.broadcast_to(at.skew, at.log_lr.shape)[:, column]
+        grid = side * np.linspace(0.0, _FARTHEST, 1000)
+        valley = laws.valley_excess(grid[:, None], curvature.mean(axis=0), skew.mean(axis=0))
+        expected = np.array([np.interp(excess, valley[:, o], grid) for o in range(len(observed))])
+        u = expected - (at.log_lr[:, column] - at.log_lr[:, column].mean(axis=0))
+        above = np.minimum(laws.valley_excess(u, curvature, skew), _MAX_EXCESS)
+        loss = self._floor[:, column] + above
+        cells = [self._cells[i - len(self.curvature)] for i in column]
+        variance = _noise_variance(self._posterior, u, np.full_like(u, excess), cells)
+        return loss - loss.mean(axis=0), np.sqrt(variance)
+
     def observe(self, candidate: int) -> None:
         """Condition all draws on a candidate having been run."""
         rng = np.random.default_rng(candidate)
@@ -344,6 +397,17 @@ class _Beliefs:
             self.goal -= np.outer(seen, seen @ self.goal / total)
             self.loss -= np.outer(seen, seen @ self.loss / total)
         self._center()
+
+
+def _explained(loss: FloatArray, goal: FloatArray, noise: FloatArray) -> FloatArray:
+    """Variance of each target's ln LR* that losses explain, (target,).
+
+    loss: (draw, observation), goal: (draw, target), both about their means. noise: the covariance
+    of the losses' noise.
+    """
+    joint = loss.T @ goal / len(goal)
+    solved = np.linalg.solve(loss.T @ loss / len(goal) + noise, joint)
+    return np.asarray(np.einsum("ot,ot->t", joint, solved))
 
 
 def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
@@ -427,6 +491,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     regret_now = beliefs.regret()
     left = budget_flops
     proposals: list[Proposal] = []
+    bought: list[tuple[int, set[int]]] = []  # with what was bought before and together
     stop_reason = f"{counted_past(num_runs, 'run')} asked for"
     while len(proposals) < num_runs:
         possible = open_ & (cost <= left)
@@ -473,11 +538,25 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                     repeat=candidates[i].repeat,
                 )
             )
+            bought.append((i, {*group, *(j for j, _ in bought)} - {i}))
             beliefs.observe(i)
             left -= float(flops[i])
             open_[options_of[trunks[i]]] = False
+    # What stopping one of them early leaves over buys the next best run, or is kept: then a FLOP is
+    # worth a FLOP, unless the budget is to be spent in any case.
+    spare = max((p.flops for p in proposals), default=0.0)
+    falls = beliefs.falls()
+    gains = np.where(open_ & (cost <= left + spare), falls @ shares, 0.0)
+    best = int(np.argmax(gains / cost))
+    rate = _worth(beliefs.at, targets, weight, falls[best]) / cost[best] if gains[best] > 0 else 0.0
+    rate = float(max(rate, 1.0) if only_paying else rate)
+    priced = []
+    for proposal, (i, others) in zip(proposals, bought, strict=True):
+        saves = [_worth(beliefs.at, targets, weight, n) for n in beliefs.ends(i, sorted(others))]
+        end = Finishing(excess=_EXCESSES, saves_flops=tuple(saves), rate=rate, flops=proposal.flops)
+        priced.append(replace(proposal, finishing=end))
     return Plan(
-        proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
+        proposals=tuple(priced), regret_now=regret_now, regret_after=beliefs.regret(),
         stop_reason=stop_reason,
     )  # fmt: skip
 

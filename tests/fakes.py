@@ -45,6 +45,7 @@ class Proposal:
     spec: Any
     flops: float
     reason: str
+    finishing: Any = None
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -96,6 +97,49 @@ def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> No
     added = both.loss - _Beliefs(unshared, [branches], GOAL, np.ones(1), seed=1).loss
     assert np.corrcoef(added.T)[0, 1] == pytest.approx(1.0, abs=1e-6)
     assert added.var(axis=0) == pytest.approx(9 * both.noise_variance, rel=0.2)
+
+
+def test_the_end_of_a_run_is_worth_less_the_farther_up_it_is(posterior: Posterior) -> None:
+    found = choose(posterior, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=1)
+    ends = [proposal.finishing for proposal in found.proposals]
+    for proposal, end in zip(found.proposals, ends, strict=True):
+        assert end is not None
+        assert end.flops == proposal.flops
+        assert all(a >= b >= 0 for a, b in pairwise(end.saves_flops))
+        # As it was bought, the run paid: near the floor its end does, whatever is left of it.
+        assert end.pays(0.0, 0.0)
+        assert end.saves(0.5) < 0.3 * end.saves(0.05)
+
+
+def test_an_end_is_worth_what_a_run_of_its_excess_is(posterior: Posterior) -> None:
+    """Told alone as much as a candidate at an LR of that excess; in a group at least as much as the
+    rest of it lacks without the run, which may turn out to lie to either side.
+    """
+    runs = [candidate("above", u=1.4), candidate("below", u=-1.4)]
+    beliefs = _Beliefs(posterior, runs, GOAL, np.ones(1), seed=1)
+    above, below, both = beliefs.falls()[:, 0]
+    at = acquire._EXCESSES.index(0.1)  # nearly that of both
+    alone, together = (beliefs.ends(0, others)[at, 0] for others in ((), (1,)))
+    assert alone == pytest.approx(max(above, below), rel=0.3)
+    assert together > 0.9 * (both - below) > alone
+
+
+def test_flops_that_are_left_over_buy_the_next_best_run_or_are_kept(posterior: Posterior) -> None:
+    def rates(goal: list[Target], only_paying: bool, runs: list[Candidate]) -> set[float]:
+        found = choose(
+            posterior, runs, goal, num_runs=1, budget_flops=1e21, seed=1, only_paying=only_paying
+        )
+        return {p.finishing.rate for p in found.proposals if p.finishing is not None}
+
+    (rich,) = rates(GOAL, True, pool())
+    assert rich > 1
+    assert rates(GOAL, False, pool()) == {rich}
+    few = [candidate("a", u=1.2)]
+    assert rates(GOAL, True, few) == {1.0}  # nothing else is to be had
+    assert rates(GOAL, False, few) == {0.0}  # and what is not spent is worth nothing
+    near = [target("near", n_active=6e8, n_total=4.8e9, tokens=2e10)]
+    (poor,) = rates(near, False, pool())
+    assert 0 < poor < 1
 
 
 def test_a_family_that_the_target_does_not_share_tells_less(posterior: Posterior) -> None:

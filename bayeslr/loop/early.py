@@ -1,10 +1,11 @@
-"""Early ends: runs far up their valley's side are stopped, their curve kept and used.
+"""Early ends: runs whose end no longer pays are stopped, their curve kept and used.
 
-The likelihood gives a run less weight the farther it lies above its slice's floor, so one that is
-surely far above it has little left to tell, whatever it still costs. A run is stopped where, at
-the same tokens, its loss is more than `EXCESS` above the lowest of the runs of its shape and batch,
-and two of those surround the lowest, one of them between it and this run in LR. So the lowest run
-and its neighbours always finish.
+The likelihood gives a run less weight the farther it lies above its slice's floor, so one far above
+it has less left to tell. What a run's end is worth at each excess, and what its FLOPs would buy
+elsewhere, was worked out where the run was chosen (`Finishing`); as its losses come in, its excess
+is read off the lowest of the runs of its shape and batch at the same tokens. It is stopped where
+the end is worth less than its remaining FLOPs, and two of those runs surround the lowest, one of
+them between it and this run in LR. So the lowest run and its neighbours always finish.
 Only runs of earlier batches count: what a run is compared with does not depend on who is faster.
 """
 
@@ -16,6 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
+from bayeslr.finishing import Finishing
 from bayeslr.runner_protocol import Trial
 from bayeslr.specs import RunSpec
 from bayeslr.units import counted_past, format_flops, format_quantity
@@ -24,15 +26,24 @@ if TYPE_CHECKING:
     from bayeslr.posterior import Posterior
 
 EXCESS = 0.15
-"""Nats above the slice's lowest loss. In the quickstart's proxies an LR two octaves above another
-loses 0.03 to 0.055 nats less once decayed than before, and one far below has 0.47 nats at a third
-of its tokens that become 0.14: what is stopped here ends at 0.13 or more."""
+"""Nats above the slice's lowest loss where a run without a `Finishing` is stopped: one that no
+posterior chose, or that is asked for again. In the quickstart's proxies (docs/log.md, early ends on
+the quickstart's curves) what is stopped here ends at 0.13 or more."""
+
+GAIN_PER_OCTAVE = 0.0275
+"""Nats that an LR an octave higher gains more by its decay: in those proxies 0.03 to 0.055 over two
+octaves. The end of a run above the best LR is judged with all of it taken off."""
 
 LEAST_SHARE = 0.2
 """Share of its tokens that a run is always given: before it, warm-up is not over."""
 
 
-def hopeless(spec: RunSpec, rows: Sequence[Mapping[str, Any]], others: Sequence[Trial]) -> str:
+def hopeless(
+    spec: RunSpec,
+    rows: Sequence[Mapping[str, Any]],
+    others: Sequence[Trial],
+    finishing: Finishing | None = None,
+) -> str:
     """Why a run with these records should be stopped; empty if it should go on."""
     own = _curve(spec, rows)
     if not own or own[-1][0] < LEAST_SHARE * spec.tokens:
@@ -50,12 +61,32 @@ def hopeless(spec: RunSpec, rows: Sequence[Mapping[str, Any]], others: Sequence[
     best = min(seen, key=lambda lr: seen[lr])
     between = [lr for lr in seen if best < lr < spec.lr or spec.lr < lr < best]
     beyond = [lr for lr in seen if (lr - best) * (spec.lr - best) < 0]
-    if loss - seen[best] <= EXCESS or not between or not beyond:
+    if not between or not beyond:
         return ""
+    gap = loss - seen[best]
+    why = f"{gap:.2f} nats above the run at LR {best:.3g} at {format_quantity(tokens)} tokens"
+    if finishing is None:
+        return why if gap > EXCESS else ""
+    excess, share = final_excess(spec, gap, best, tokens), spec.share_at(tokens)
+    if gap <= 0 or finishing.pays(excess, share):
+        return ""
+    left = finishing.remaining(share)
+    elsewhere = f"; the next best run saves {format_quantity(finishing.rate * left)} for as many"
     return (
-        f"{loss - seen[best]:.2f} nats above the run at LR {best:.3g} at "
-        f"{format_quantity(tokens)} tokens"
+        f"{why}; finishing it would save {format_quantity(finishing.saves(excess))} FLOPs at the "
+        f"targets and costs {format_quantity(left)}{elsewhere if finishing.rate != 1 else ''}"
     )
+
+
+def final_excess(spec: RunSpec, gap: float, best_lr: float, tokens: float) -> float:
+    """Least excess in nats that a run so far above the best LR's at so many tokens will end with.
+
+    Too low an LR is late and catches up: of its gap at least about the share of the tokens that are
+    done stays. Too high a one gains by its decay.
+    """
+    if spec.lr < best_lr:
+        return gap * min(1.0, tokens / spec.tokens)
+    return max(0.0, gap - GAIN_PER_OCTAVE * math.log2(spec.lr / best_lr))
 
 
 def _comparable(spec: RunSpec, other: RunSpec) -> bool:

@@ -156,7 +156,10 @@ class Planner:
         )
         if not plan.proposals:
             return Stop(kind="rule", reason=plan.stop_reason)
-        return [Due(spec=p.spec, flops=p.flops, reason=p.reason) for p in plan.proposals]
+        return [
+            Due(spec=p.spec, flops=p.flops, reason=p.reason, finishing=p.finishing)
+            for p in plan.proposals
+        ]
 
 
 def _steering_fit(

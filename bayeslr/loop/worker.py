@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol, final
 
 from bayeslr.errors import SpecError
+from bayeslr.finishing import Finishing
 from bayeslr.loop.children import (
     Child,
     Verdict,
@@ -45,12 +46,16 @@ MAX_STARTS = 3
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Due:
-    """A run of a batch. nth: 2 for a run that is asked for again after it failed or was lost."""
+    """A run of a batch. nth: 2 for a run that is asked for again after it failed or was lost.
+
+    finishing: what its end is worth, where a posterior chose it.
+    """
 
     spec: RunSpec
     flops: float
     reason: str
     nth: int = 1
+    finishing: Finishing | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,10 +167,12 @@ class Worker:
         recipe = self._study.recipe()
         if not recipe.early_ends or recipe.strategy != "bayes":
             return ""
+        self._find_batch()  # a run that was taken over may be the first thing seen of its batch
         note = self._study.note(f"batch:{self._batch}")
-        mine = {due_of(entry).spec.run_id for entry in note["runs"]} if note else set()
+        mine = {due.spec.run_id: due for due in map(due_of, note["runs"])} if note else {}
         earlier = [t for t in self._study.trials() if t.finished and t.spec.run_id not in mine]
-        return hopeless(child.spec, child.rows(), earlier)
+        due = mine.get(child.spec.run_id)
+        return hopeless(child.spec, child.rows(), earlier, due.finishing if due else None)
 
     def _end_early(self, number: int, child: Child, why: str) -> None:
         child.stop()
@@ -238,9 +245,13 @@ class Worker:
 
     def _due(self, trials: Sequence[Trial]) -> list[Due]:
         """Runs of the batch in force that nobody has asked for."""
+        self._find_batch()
+        return due_runs(self._study, trials, self._batch)
+
+    def _find_batch(self) -> None:
+        """Go on to the batch in force."""
         while self._study.note(f"batch:{self._batch + 1}") is not None:
             self._batch += 1
-        return due_runs(self._study, trials, self._batch)
 
     def _ask_first(self, due: Sequence[Due]) -> Trial | None:
         for run in due:
@@ -349,9 +360,17 @@ def due_entry(due: Due) -> dict[str, Any]:
         "flops": due.flops,
         "reason": due.reason,
         "nth": due.nth,
+        "finishing": due.finishing and due.finishing.document(),
     }
 
 
 def due_of(entry: dict[str, Any]) -> Due:
-    """Inverse of `due_entry`."""
-    return Due(**{**entry, "spec": RunSpec.from_json(entry["spec"])})
+    """Inverse of `due_entry`; entries of an earlier version say nothing of finishing."""
+    finishing = entry.get("finishing")
+    return Due(
+        **{
+            **entry,
+            "spec": RunSpec.from_json(entry["spec"]),
+            "finishing": finishing and Finishing.of(finishing),
+        }
+    )
