@@ -278,6 +278,8 @@ class _Beliefs:
         self.loss += of_trunk * np.sqrt(self.noise_variance) * effect
         self._posterior, self._column, self._cells, self._floor = posterior, column, extra, floor
         self._of_trunk, self._own = of_trunk, own
+        self._beside = off_best, of_reference
+        self.expected_excess = finished.mean(axis=0)[first[1:] - 1]
         self.noise_variance *= own**2
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         last = np.array([mine[-1] for mine in cell_of])
@@ -359,30 +361,33 @@ class _Beliefs:
         falls = np.zeros((len(_EXCESSES), goal.shape[1]))
         for row, excess in enumerate(_EXCESSES):
             for side in (-1.0, 1.0):  # whichever tells more: which one it is shows later
-                ends, noise_sd = self._ends_at(mine, excess, side)
+                ends, noise_sd = self._ends_at(run, excess, side)
                 trunk = self._of_trunk[mine] * noise_sd
                 block = np.outer(trunk, trunk) + np.diag((self._own[mine] * noise_sd) ** 2)
                 noise[len(known) :, len(known) :] = block
                 explained = _explained(np.hstack([loss, ends]), goal, noise)
                 falls[row] = np.maximum(falls[row], explained - from_others - chance)
+        by_target = self._by_target(falls * self.curvature)
         # Where two ways of telling cancel, the fall dips: nearer the floor never counts for less.
-        return np.asarray(np.maximum.accumulate(falls[::-1])[::-1] * self.curvature)
+        return np.asarray(np.maximum.accumulate(by_target[::-1])[::-1])
 
-    def _ends_at(self, observed: Sequence[int], excess: float,
+    def _ends_at(self, run: int, excess: float,
                  side: float) -> tuple[FloatArray, FloatArray]:  # fmt: skip
-        """Losses (draw, observation) of LRs to one side of LR* at which such an excess is expected,
-        and the sd of their noise (observation,).
+        """Losses (draw, observation) of a run's slice and covariates, at LRs to one side of LR*
+        where such an excess is expected, and the sd of their noise (observation,).
         """
-        at, column = self.at, self._column[observed]
+        at, column = self.at, self._column[self.observations[run]]
+        off_best, of_reference = (terms[:, [run]] for terms in self._beside)
         curvature = at.curvature[:, column]
         skew = np.broadcast_to(at.skew, at.log_lr.shape)[:, column]
         grid = side * np.linspace(0.0, _FARTHEST, 1000)
         valley = laws.valley_excess(grid[:, None], curvature.mean(axis=0), skew.mean(axis=0))
-        expected = np.array([np.interp(excess, valley[:, o], grid) for o in range(len(observed))])
+        of_lr = max(0.0, excess - float(off_best.mean()))
+        expected = np.array([np.interp(of_lr, valley[:, o], grid) for o in range(len(column))])
         u = expected - (at.log_lr[:, column] - at.log_lr[:, column].mean(axis=0))
-        above = np.minimum(laws.valley_excess(u, curvature, skew), _MAX_EXCESS)
-        loss = self._floor[:, column] + above
-        cells = [self._cells[i - len(self.curvature)] for i in column]
+        above = np.minimum(laws.valley_excess(u, curvature, skew) + off_best, _MAX_EXCESS)
+        loss = self._floor[:, column] + above - of_reference
+        cells = [self._cells[i - self.num_targets] for i in column]
         variance = _noise_variance(self._posterior, u, np.full_like(u, excess), cells)
         return loss - loss.mean(axis=0), np.sqrt(variance)
 
@@ -547,13 +552,24 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     spare = max((p.flops for p in proposals), default=0.0)
     falls = beliefs.falls()
     gains = np.where(open_ & (cost <= left + spare), falls @ shares, 0.0)
-    best = int(np.argmax(gains / cost))
-    rate = _worth(beliefs.at, targets, weight, falls[best]) / cost[best] if gains[best] > 0 else 0.0
-    rate = float(max(rate, 1.0) if only_paying else rate)
+    best = int(np.argmax(gains / cost**_COST_POWER))
+    elsewhere = float(_worth(beliefs.at, targets, weight, falls)[best] / cost[best])
+    elsewhere = elsewhere if gains[best] > 0 else 0.0
     priced = []
     for proposal, (i, others) in zip(proposals, bought, strict=True):
-        saves = [_worth(beliefs.at, targets, weight, n) for n in beliefs.ends(i, sorted(others))]
-        end = Finishing(excess=_EXCESSES, saves_flops=tuple(saves), rate=rate, flops=proposal.flops)
+        told = _worth(beliefs.at, targets, weight, beliefs.ends(i, sorted(others)))
+        expected = float(np.interp(beliefs.expected_excess[i], _EXCESSES, told))
+        if expected <= 0.0:  # not to be told from chance
+            priced.append(proposal)
+            continue
+        # As far up as was expected, the end is worth what the run was bought for.
+        saves = np.maximum(told, proposal.saves_flops * np.minimum(1.0, told / expected))
+        # The next best may be cheaper and save more for a FLOP: this one was chosen all the same.
+        rate = min(elsewhere, proposal.saves_flops / proposal.flops)
+        end = Finishing(
+            excess=_EXCESSES, saves_flops=tuple(saves.tolist()), flops=proposal.flops,
+            rate=max(rate, 1.0) if only_paying else rate,
+        )  # fmt: skip
         priced.append(replace(proposal, finishing=end))
     return Plan(
         proposals=tuple(priced), regret_now=regret_now, regret_after=beliefs.regret(),

@@ -106,8 +106,8 @@ def test_the_end_of_a_run_is_worth_less_the_farther_up_it_is(posterior: Posterio
         assert end is not None
         assert end.flops == proposal.flops
         assert all(a >= b >= 0 for a, b in pairwise(end.saves_flops))
-        # As it was bought, the run paid: near the floor its end does, whatever is left of it.
-        assert end.pays(0.0, 0.0)
+        # As it was bought, the run paid: no farther up than was expected its end does so too.
+        assert end.pays(0.05, 0.0)
         assert end.saves(0.5) < 0.3 * end.saves(0.05)
 
 
@@ -122,6 +122,19 @@ def test_an_end_is_worth_what_a_run_of_its_excess_is(posterior: Posterior) -> No
     alone, together = (beliefs.ends(0, others)[at, 0] for others in ((), (1,)))
     assert alone == pytest.approx(max(above, below), rel=0.3)
     assert together > 0.9 * (both - below) > alone
+
+
+def test_an_end_that_cannot_be_told_from_chance_has_no_price(
+    posterior: Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def choice() -> Proposal:
+        runs = [candidate("a", u=1.2)]
+        found = choose(posterior, runs, GOAL, num_runs=1, budget_flops=1e21, seed=1)
+        return found.proposals[0]
+
+    assert choice().finishing is not None
+    monkeypatch.setattr(_Beliefs, "ends", lambda *_: np.zeros((len(acquire._EXCESSES), 1)))
+    assert choice().finishing is None
 
 
 def test_flops_that_are_left_over_buy_the_next_best_run_or_are_kept(posterior: Posterior) -> None:

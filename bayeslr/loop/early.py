@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
 EXCESS = 0.15
 """Nats above the slice's lowest loss where a run without a `Finishing` is stopped: one that no
-posterior chose, or that is asked for again. In the quickstart's proxies (docs/log.md, early ends on
-the quickstart's curves) what is stopped here ends at 0.13 or more."""
+posterior chose or could price, or that is asked for again. In the quickstart's proxies what is
+stopped here ends at 0.13 or more (docs/log.md, early ends on the quickstart's curves)."""
 
 GAIN_PER_OCTAVE = 0.0275
 """Nats that an LR an octave higher gains more by its decay: in those proxies 0.03 to 0.055 over two
