@@ -19,8 +19,8 @@ class Finishing:
     """What is expected of a run's end, and what its FLOPs would buy elsewhere.
 
     ``excess`` ascends, in nats above the floor; ``saves_flops`` are the FLOPs of the targets that
-    the end then saves. ``rate`` is what a FLOP saves that is spent on the next best run, or not at
-    all; ``flops`` the price of the whole run.
+    the end then saves. ``rate`` is what a FLOP saves elsewhere at least: on the next best run, or
+    kept; ``flops`` the price of the whole run.
     """
 
     excess: tuple[float, ...]

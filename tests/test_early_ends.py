@@ -113,7 +113,7 @@ def test_a_worthless_end_is_stopped_and_a_precious_one_goes_on() -> None:
     )
     assert not hopeless(run, rows, VALLEY, end(worth=5.0))
     dear = hopeless(run, rows, VALLEY, end(worth=5.0, rate=8.0))
-    assert "costs 500T; the next best run saves 4e+15 for as many" in dear
+    assert "costs 500T; those save at least 4e+15 elsewhere" in dear
     # Worth nothing at all, it is still one of the three at the bottom, or too young to judge.
     nothing = end(worth=0.0)
     assert not hopeless(spec(3e-3, run_id="new"), rows, VALLEY, nothing)

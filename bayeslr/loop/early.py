@@ -71,7 +71,7 @@ def hopeless(
     if gap <= 0 or finishing.pays(excess, share):
         return ""
     left = finishing.remaining(share)
-    elsewhere = f"; the next best run saves {format_quantity(finishing.rate * left)} for as many"
+    elsewhere = f"; those save at least {format_quantity(finishing.rate * left)} elsewhere"
     return (
         f"{why}; finishing it would save {format_quantity(finishing.saves(excess))} FLOPs at the "
         f"targets and costs {format_quantity(left)}{elsewhere if finishing.rate != 1 else ''}"
