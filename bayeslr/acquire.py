@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -467,8 +467,11 @@ def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequ
 
 def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
            num_runs: int, budget_flops: float, seed: int,
-           weights: Sequence[float] | None = None, only_paying: bool = True) -> Plan:  # fmt: skip
+           weights: Sequence[float] | None = None, only_paying: bool = True,
+           price_ends: bool = False) -> Plan:  # fmt: skip
     """As `propose`, with the regret before and after, and the reason for stopping.
+
+    price_ends: say of every proposal what its end is worth under way.
 
     Of candidates that share a trunk one at most is proposed: the others' price would be another.
     """
@@ -547,33 +550,48 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
             beliefs.observe(i)
             left -= float(flops[i])
             open_[options_of[trunks[i]]] = False
-    # What stopping one of them early leaves over buys the next best run, or is kept: then a FLOP is
-    # worth a FLOP, unless the budget is to be spent in any case.
-    spare = max((p.flops for p in proposals), default=0.0)
-    falls = beliefs.falls()
-    gains = np.where(open_ & (cost <= left + spare), falls @ shares, 0.0)
-    best = int(np.argmax(gains / cost**_COST_POWER))
-    elsewhere = float(_worth(beliefs.at, targets, weight, falls)[best] / cost[best])
-    elsewhere = elsewhere if gains[best] > 0 else 0.0
-    priced = []
-    for proposal, (i, others) in zip(proposals, bought, strict=True):
-        told = _worth(beliefs.at, targets, weight, beliefs.ends(i, sorted(others)))
-        expected = float(np.interp(beliefs.expected_excess[i], _EXCESSES, told))
-        if expected <= 0.0:  # not to be told from chance
-            priced.append(proposal)
-            continue
-        # As far up as was expected, the end is worth what the run was bought for.
-        saves = np.maximum(told, proposal.saves_flops * np.minimum(1.0, told / expected))
-        # The next best may be cheaper and save more for a FLOP: this one was chosen all the same.
-        rate = min(elsewhere, proposal.saves_flops / proposal.flops)
-        end = Finishing(
-            excess=_EXCESSES, saves_flops=tuple(saves.tolist()), flops=proposal.flops,
-            rate=max(rate, 1.0) if only_paying else rate,
-        )  # fmt: skip
-        priced.append(replace(proposal, finishing=end))
+    if price_ends:
+        possible = open_ & (cost <= left + max((p.flops for p in proposals), default=0.0))
+        falls = beliefs.falls()
+        saves = _worth(beliefs.at, targets, weight, falls)
+        gains = np.where(possible, falls @ shares, 0.0)
+        best = int(np.argmax(gains / cost**_COST_POWER))
+        # What stopping a run early leaves over buys the next best one, or is kept: then a FLOP is
+        # worth a FLOP, unless the budget is to be spent in any case.
+        elsewhere = float(saves[best] / cost[best]) if gains[best] > 0 else 0.0
+        proposals = [
+            replace(proposal, finishing=_finishing(
+                beliefs, proposal, i, sorted(others), elsewhere, 1.0 if only_paying else 0.0,
+                lambda nats: _worth(beliefs.at, targets, weight, nats),
+            ))
+            for proposal, (i, others) in zip(proposals, bought, strict=True)
+        ]  # fmt: skip
     return Plan(
-        proposals=tuple(priced), regret_now=regret_now, regret_after=beliefs.regret(),
+        proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
         stop_reason=stop_reason,
+    )  # fmt: skip
+
+
+def _finishing(beliefs: _Beliefs, proposal: Proposal, i: int, others: Sequence[int],
+               elsewhere: float, least_rate: float,
+               worth: Callable[[FloatArray], FloatArray]) -> Finishing | None:  # fmt: skip
+    """What the end of a proposed run, candidate i, is worth under way; None where it is not to be
+    told from chance.
+
+    others: candidates bought before and together. elsewhere, least_rate: FLOPs saved by a FLOP of
+    the next best run, and of one that is kept. worth: FLOPs of nats (excess, target).
+    """
+    told = worth(beliefs.ends(i, others))
+    expected = float(np.interp(beliefs.expected_excess[i], _EXCESSES, told))
+    if expected <= 0.0:
+        return None
+    # As far up as was expected, the end is worth what the run was bought for.
+    saves = np.maximum(told, proposal.saves_flops * np.minimum(1.0, told / expected))
+    # The next best may be cheaper and save more for a FLOP: this one was chosen all the same.
+    rate = min(elsewhere, proposal.saves_flops / proposal.flops)
+    return Finishing(
+        excess=_EXCESSES, saves_flops=tuple(saves.tolist()), flops=proposal.flops,
+        rate=max(rate, least_rate),
     )  # fmt: skip
 
 

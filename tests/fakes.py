@@ -83,6 +83,7 @@ def choose(
     seed: int,
     only_paying: bool = True,
     weights: Sequence[float] | None = None,
+    price_ends: bool = False,
 ) -> Plan:
     """Nearest to the best LR first: depends on every loss so far, so a resumed sweep must agree."""
 

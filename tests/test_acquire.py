@@ -100,7 +100,7 @@ def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> No
 
 
 def test_the_end_of_a_run_is_worth_less_the_farther_up_it_is(posterior: Posterior) -> None:
-    found = choose(posterior, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=1)
+    found = choose(posterior, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=1, price_ends=True)
     ends = [proposal.finishing for proposal in found.proposals]
     for proposal, end in zip(found.proposals, ends, strict=True):
         assert end is not None
@@ -129,7 +129,9 @@ def test_an_end_that_cannot_be_told_from_chance_has_no_price(
 ) -> None:
     def choice() -> Proposal:
         runs = [candidate("a", u=1.2)]
-        found = choose(posterior, runs, GOAL, num_runs=1, budget_flops=1e21, seed=1)
+        found = choose(
+            posterior, runs, GOAL, num_runs=1, budget_flops=1e21, seed=1, price_ends=True
+        )
         return found.proposals[0]
 
     assert choice().finishing is not None
@@ -140,7 +142,14 @@ def test_an_end_that_cannot_be_told_from_chance_has_no_price(
 def test_flops_that_are_left_over_buy_the_next_best_run_or_are_kept(posterior: Posterior) -> None:
     def rates(goal: list[Target], only_paying: bool, runs: list[Candidate]) -> set[float]:
         found = choose(
-            posterior, runs, goal, num_runs=1, budget_flops=1e21, seed=1, only_paying=only_paying
+            posterior,
+            runs,
+            goal,
+            num_runs=1,
+            budget_flops=1e21,
+            seed=1,
+            only_paying=only_paying,
+            price_ends=True,
         )
         return {p.finishing.rate for p in found.proposals if p.finishing is not None}
 

@@ -153,6 +153,7 @@ class Planner:
             seed=recipe.seed + batch,
             only_paying=recipe.stop_rule,
             weights=weights_of(recipe),
+            price_ends=recipe.early_ends,
         )
         if not plan.proposals:
             return Stop(kind="rule", reason=plan.stop_reason)
