@@ -117,6 +117,7 @@ def stand_ins() -> dict[tuple[str, str], Any]:
     return {
         ("bayeslr.sampling", "fit"): fakes.fit,
         ("bayeslr.predict", "predict"): fakes.predict,
+        ("bayeslr.covariates", "covariate_table"): fakes.covariate_table,
         ("bayeslr.acquire", "choose"): fakes.choose,
         ("bayeslr.report", "report"): fakes.report,
         ("bayeslr.verdicts", "with_verdicts"): fakes.with_verdicts,

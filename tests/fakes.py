@@ -28,7 +28,6 @@ class FakePosterior:
     max_r_hat: float = 1.0
     seconds: float = 1.0
     checks: Mapping[str, Any] = field(default_factory=dict)
-    design: None = None
 
     @property
     def info(self) -> dict[str, Any]:
@@ -71,6 +70,10 @@ def predict(posterior: FakePosterior, targets: Sequence[Any]) -> pd.DataFrame:
         for t in targets
     ]
     return pd.DataFrame(rows)
+
+
+def covariate_table(posterior: FakePosterior, targets: Sequence[Any]) -> pd.DataFrame:
+    return pd.DataFrame({"sentence": []})
 
 
 def choose(
@@ -122,6 +125,7 @@ def modules() -> dict[str, types.ModuleType]:
         "bayeslr.sampling": {"fit": fit},
         "bayeslr.predict": {"predict": predict},
         "bayeslr.acquire": {"choose": choose},
+        "bayeslr.covariates": {"covariate_table": covariate_table},
         "bayeslr.posterior": {"Posterior": FakePosterior},
         "bayeslr.report": {"report": report},
         "bayeslr.verdicts": {"with_verdicts": with_verdicts, "verdict_lines": verdict_lines},

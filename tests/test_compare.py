@@ -152,7 +152,7 @@ def test_a_trainer_that_never_works_is_named(tmp_path: Path, stand_ins: None) ->
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compare__proxy_flops": 1e9}, r"budget_flops|proxy_flops"),
+        ({"compare__proxy_flops": 1e9}, r"budget of 1B FLOPs|proxy_flops"),
         ({"compare__num_seeds": 0}, "num_seeds must be >= 1"),
         ({"compare__multiples": [0.5, 2]}, "hold 1, the chosen LR"),
         ({"compare__colour": 1}, r"\[compare\]: unknown key 'colour'"),
