@@ -25,6 +25,7 @@ from bayeslr.specs import Recipe, RunSpec
 
 SPEC_FILE = "spec.json"
 RECORDS_FILE = "records.jsonl"
+STOP_FILE = "stop"
 
 
 class Runner(Protocol):
@@ -72,10 +73,14 @@ class TransferRunner(Runner, Protocol):
 
 @runtime_checkable
 class StackRunner(Runner, Protocol):
-    """A runner whose child can train several runs as one program."""
+    """A runner whose child can train several runs as one program.
+
+    Once `STOP_FILE` lies in the folder of a run, the child goes on without that run, and then
+    deletes the file.
+    """
 
     def stack_key(self, spec: RunSpec) -> str:
-        """Equal for runs that can be trained together."""
+        """Equal for runs that are better trained together than one after another."""
         ...
 
     def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
@@ -184,6 +189,14 @@ class Study(Protocol):
 
         A second end of the same trial (an owner given up for dead that was alive) is ignored.
         """
+        ...
+
+    def join(self, slots: int) -> None:
+        """Give a sign of life as a worker that trains so many programs at a time; 0 to leave."""
+        ...
+
+    def slots(self) -> int:
+        """Programs that all living workers can train at a time."""
         ...
 
     def claim(self, task: str) -> bool:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import fcntl
 import importlib
 import json
 import os
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,11 +25,8 @@ from bayeslr.compare.choosing import _trainable
 from bayeslr.compare.heldout import MERGE_OCTAVES, _diagnostics, places
 from bayeslr.compare.proxies import grid_runs
 from bayeslr.compare.recipe import load_compare_recipe, parse_compare_recipe
-from bayeslr.compare.stacking import stacks_of, train_stacks
 from bayeslr.errors import BayeslrError, DataError, SpecError, UntrustworthyFit
 from bayeslr.loop import to_toml
-from bayeslr.loop.children import LOCK_FILE
-from bayeslr.loop.worker import silent
 from bayeslr.runner_protocol import Trial
 from bayeslr.runs import read_runs
 from bayeslr.specs import Recipe, RunSpec
@@ -363,40 +358,6 @@ class Stacker:
     def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
         script = str(Path(compare_toy.__file__))
         return [sys.executable, "-c", self.program, script, *map(str, run_dirs)]
-
-
-def test_runs_are_stacked_in_even_parts() -> None:
-    recipe = parse_compare_recipe(toy_comparison())
-    runner = Stacker(recipe.transfer.options)
-    grid = [due.spec for due in grid_runs(recipe, runner)]
-    assert [len(s) for s in stacks_of(runner, grid, 2)] == [2, 2]
-    assert [len(s) for s in stacks_of(runner, grid[:3], 2)] == [2]
-    assert stacks_of(runner, grid[:2], 2) == []
-    many = [dataclasses.replace(grid[0], run_id=f"r{i}") for i in range(20)]
-    stacks = stacks_of(runner, many, 2)
-    assert [len(s) for s in stacks] == [5, 5, 5, 5]
-    assert {s.run_id for stack in stacks for s in stack} == {s.run_id for s in many}
-
-
-def test_a_stack_waits_for_the_lock_of_each_of_its_folders(tmp_path: Path) -> None:
-    recipe = parse_compare_recipe(toy_comparison())
-    runner = Stacker(recipe.transfer.options)
-    due = grid_runs(recipe, runner)[:3]
-    last = max(run.spec.run_id for run in due)
-    (tmp_path / last).mkdir()
-    held = os.open(tmp_path / last / LOCK_FILE, os.O_RDWR | os.O_CREAT)
-    fcntl.flock(held, fcntl.LOCK_EX)
-    train = threading.Thread(
-        target=train_stacks, args=(runner, due, tmp_path), kwargs={"slots": 1, "progress": silent}
-    )
-    train.start()
-    time.sleep(1.0)  # the toy would have ended by then
-    assert not list(tmp_path.glob("*/records.jsonl"))
-    os.close(held)
-    train.join(30)
-    assert {path.parent.name for path in tmp_path.glob("*/records.jsonl")} == {
-        run.spec.run_id for run in due
-    }
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from bayeslr.loop.children import (
     judge,
     parse_rows,
     require_rules,
+    start,
 )
 from bayeslr.runner_protocol import RECORDS_FILE
 from bayeslr.specs import RunSpec
@@ -46,8 +47,13 @@ def record(folder: Path, *rows: dict[str, object] | str) -> Path:
     return folder
 
 
+def begin(folder: Path, code: str) -> Child:
+    (child,) = start([(SPEC, folder)], lambda _: [sys.executable, "-c", code])
+    return child
+
+
 def run(folder: Path, code: str) -> Child:
-    child = Child(SPEC, folder, [sys.executable, "-c", code])
+    child = begin(folder, code)
     wait(child)
     return child
 
@@ -188,7 +194,7 @@ def test_a_silent_success_is_a_failure(tmp_path: Path) -> None:
 
 
 def test_a_program_that_does_not_exist_is_named(tmp_path: Path) -> None:
-    child = Child(SPEC, tmp_path, ["no-such-trainer"])
+    (child,) = start([(SPEC, tmp_path)], lambda _: ["no-such-trainer"])
     wait(child)
     assert "cannot start 'no-such-trainer'" in child.verdict().reason
 
@@ -236,19 +242,18 @@ def test_stop_ends_a_child_that_ignores_sigterm(
 ) -> None:
     monkeypatch.setattr("bayeslr.loop.children.STOP_SECONDS", 0.3)
     code = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(60)"
-    child = Child(SPEC, tmp_path, [sys.executable, "-c", code])
+    child = begin(tmp_path, code)
     time.sleep(0.3)
-    child.stop()
+    child.process.stop()
     assert not child.running
 
 
 PARENT = """
 import sys, time
 from pathlib import Path
-from bayeslr.loop.children import Child
-from tests.test_sweep_children import SPEC
+from tests.test_sweep_children import begin
 code = "import os, time; open('pid', 'w').write(str(os.getpid())); time.sleep(60)"
-child = Child(SPEC, Path("."), [sys.executable, "-c", code])
+child = begin(Path("."), code)
 print("started", flush=True)
 time.sleep(60)
 """
@@ -282,9 +287,9 @@ def _alive(pid: int) -> bool:
 
 
 def test_two_children_never_train_in_one_folder(tmp_path: Path) -> None:
-    first = Child(SPEC, tmp_path, [sys.executable, "-c", "import time; time.sleep(1.0)"])
+    first = begin(tmp_path, "import time; time.sleep(1.0)")
     time.sleep(0.3)
-    second = Child(SPEC, tmp_path, [sys.executable, "-c", ""])
+    second = begin(tmp_path, "")
     time.sleep(0.3)
     assert first.running
     assert second.running

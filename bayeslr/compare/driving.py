@@ -7,7 +7,6 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from bayeslr.compare.stacking import train_stacks
 from bayeslr.errors import DataError
 from bayeslr.loop.planning import ask_again, failures_of
 from bayeslr.loop.worker import Due, Plan, Progress, Stop, Worker
@@ -27,18 +26,14 @@ def train(
 ) -> list[Trial]:
     """Ended trials of a plan, in a journal in ``folder``; runs lie in ``folder/runs``.
 
-    recipe: names the study and bounds what it may spend. Runs that a stack has trained are complete
-    by the time they are asked for, and only told. retry: ask again for failed and lost runs.
+    recipe: names the study and bounds what it may spend. retry: ask again for failed and lost runs.
     wanted: IDs of the runs that the budget is for; what earlier plans spent on others comes on top.
     Raises: DataError if the trainer never works.
     """
     study: Study = find_entry_point("bayeslr.studies", "optuna")(None, recipe.name, folder, recipe)
 
     def guarded(trials: Sequence[Trial], batch: int) -> list[Due] | Stop:
-        planned = failures_of(trials) or plan(trials, batch)
-        if not isinstance(planned, Stop):
-            train_stacks(runner, planned, folder / "runs", slots=recipe.workers, progress=progress)
-        return planned
+        return failures_of(trials) or plan(trials, batch)
 
     try:
         if wanted is not None:

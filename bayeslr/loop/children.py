@@ -1,4 +1,4 @@
-"""One run as a child process: start it, read what it records, judge how it ended."""
+"""Runs in child processes: start them, read what they record, judge how they ended."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
 
 from bayeslr.errors import DataError
-from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE, spec_row
-from bayeslr.runs import STATUSES, first_reasons, make_table
+from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE, STOP_FILE, spec_row
+from bayeslr.runs import STATUSES, first_reasons, make_table, write_atomically
 from bayeslr.runs.columns import RUN_KEYS, SHAPE_KEYS
 from bayeslr.specs import RunSpec
 
@@ -54,28 +54,22 @@ class Verdict:
 
 
 @final
-class Child:
-    """A running child process and the part of its records that was read."""
+class Process:
+    """A child process that trains the runs of some folders; its log lies in the first one's."""
 
-    def __init__(self, spec: RunSpec, run_dir: Path, command: Sequence[str]) -> None:
-        self.spec = spec
-        self.run_dir = run_dir
+    def __init__(self, folders: Sequence[Path], command: Sequence[str]) -> None:
+        self.folders = tuple(folders)
         self.started = time.monotonic()
-        self._read = 0
-        run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = run_dir / f".{SPEC_FILE}.tmp"
-        temporary.write_text(spec.to_json() + "\n", encoding="utf-8")
-        temporary.replace(run_dir / SPEC_FILE)
         self._oom_kills = _oom_kills()
-        stderr_path = run_dir / STDERR_FILE
-        self._stderr_start = stderr_path.stat().st_size if stderr_path.exists() else 0
+        self._stderr_path = folders[0] / STDERR_FILE
+        self._stderr_start = self._stderr_path.stat().st_size if self._stderr_path.exists() else 0
         with (
-            stderr_path.open("ab") as stderr,
-            (run_dir / STDOUT_FILE).open("ab") as stdout,
+            self._stderr_path.open("ab") as stderr,
+            (folders[0] / STDOUT_FILE).open("ab") as stdout,
         ):
             # A session of its own: Ctrl-C reaches the sweep alone, which then stops its children.
             self._process = subprocess.Popen(
-                launched(run_dir, command),
+                _launched(folders, command),
                 stdin=subprocess.DEVNULL,
                 stdout=stdout,
                 stderr=stderr,
@@ -83,14 +77,63 @@ class Child:
             )
 
     @property
+    def running(self) -> bool:
+        """Whether the process is still there."""
+        return self._process.poll() is None
+
+    def failure(self) -> tuple[str, bool]:
+        """How the ended process broke, if it did, and whether it was ended from outside."""
+        code = self._process.returncode
+        if code > 0:
+            return f"exit status {code}: {self._stderr_tail()}", False
+        if code == 0:
+            return "", False
+        before, after = self._oom_kills, _oom_kills()
+        oom = -code == signal.SIGKILL and before is not None and (after or 0) > before
+        reason = f"killed by {signal.Signals(-code).name}" + (": out of memory" if oom else "")
+        return reason, -code in _PREEMPTED and not oom
+
+    def stop(self) -> None:
+        """End the process and what it started: SIGTERM, then SIGKILL."""
+        for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(patience)
+                return
+
+    def _stderr_tail(self) -> str:
+        with self._stderr_path.open("rb") as file:
+            file.seek(self._stderr_start)
+            text = file.read().decode("utf-8", errors="replace")
+        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+        return " | ".join(lines[-5:])[-600:] or f"nothing on stderr ({self._stderr_path})"
+
+
+@final
+class Child:
+    """A run that a process trains, and the part of its records that was read."""
+
+    def __init__(self, spec: RunSpec, run_dir: Path, process: Process) -> None:
+        self.spec = spec
+        self.run_dir = run_dir
+        self.process = process
+        self._read = 0
+
+    @property
     def wall_s(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.started
+        """Seconds since the process started; 0 in a stack, whose records know their share."""
+        return 0.0 if self.stacked else time.monotonic() - self.process.started
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the process was started with several runs."""
+        return len(self.process.folders) > 1
 
     @property
     def running(self) -> bool:
         """Whether the process is still there."""
-        return self._process.poll() is None
+        return self.process.running
 
     def new_rows(self) -> list[dict[str, Any]]:
         """Records that were completed since the last call."""
@@ -112,40 +155,40 @@ class Child:
 
     def verdict(self) -> Verdict:
         """How the ended process left the run."""
-        code = self._process.returncode
-        reason = ""
-        preempted = False
-        if code < 0:
-            name = signal.Signals(-code).name
-            before, after = self._oom_kills, _oom_kills()
-            oom = -code == signal.SIGKILL and before is not None and (after or 0) > before
-            preempted = -code in _PREEMPTED and not oom
-            reason = f"killed by {name}" + (": out of memory" if oom else "")
-        elif code > 0:
-            reason = f"exit status {code}: {self._stderr_tail()}"
-        return judge(self.spec, self.run_dir, failure=reason, preempted=preempted)
+        failure, preempted = self.process.failure()
+        return judge(self.spec, self.run_dir, failure=failure, preempted=preempted)
 
-    def stop(self) -> None:
-        """End the child and what it started: SIGTERM, then SIGKILL."""
-        for number, patience in ((signal.SIGTERM, STOP_SECONDS), (signal.SIGKILL, STOP_SECONDS)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, number)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience)
-                return
+    def leave_out(self) -> None:
+        """Ask the process to go on without this run (`StackRunner`)."""
+        (self.run_dir / STOP_FILE).touch()
 
-    def _stderr_tail(self) -> str:
-        with (self.run_dir / STDERR_FILE).open("rb") as file:
-            file.seek(self._stderr_start)
-            text = file.read().decode("utf-8", errors="replace")
-        lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-        return " | ".join(lines[-5:])[-600:] or f"nothing on stderr ({self.run_dir / STDERR_FILE})"
+    @property
+    def left_out(self) -> bool:
+        """Whether it has done so."""
+        return not (self.run_dir / STOP_FILE).exists()
 
 
-def launched(run_dir: Path, command: Sequence[str]) -> list[str]:
-    """The command as a child of ours that waits for the folder's lock and keeps it (`launch`)."""
-    launcher = [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid())]
-    return [*launcher, str(run_dir / LOCK_FILE), str(run_dir / RECORDS_FILE), *command]
+def start(
+    runs: Sequence[tuple[RunSpec, Path]], command: Callable[[Sequence[Path]], Sequence[str]]
+) -> list[Child]:
+    """Start one process that trains these runs, each in its folder.
+
+    command: its command line, from the folders in the order in which their locks are taken.
+    """
+    for spec, run_dir in runs:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / SPEC_FILE, (spec.to_json() + "\n").encode())
+        (run_dir / STOP_FILE).unlink(missing_ok=True)
+    # In one order everywhere, so that two stacks never wait for each other's locks.
+    folders = sorted(run_dir for _, run_dir in runs)
+    process = Process(folders, command(folders))
+    return [Child(spec, run_dir, process) for spec, run_dir in runs]
+
+
+def _launched(folders: Sequence[Path], command: Sequence[str]) -> list[str]:
+    """The command as a child of ours that waits for the folders' locks and keeps them."""
+    files = [str(run_dir / name) for run_dir in folders for name in (LOCK_FILE, RECORDS_FILE)]
+    return [sys.executable, "-I", "-S", str(LAUNCHER), str(os.getpid()), *files, "--", *command]
 
 
 def parse_rows(

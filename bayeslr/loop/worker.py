@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, final
@@ -18,15 +18,25 @@ from bayeslr.errors import SpecError
 from bayeslr.finishing import Finishing
 from bayeslr.loop.children import (
     Child,
+    Process,
     Verdict,
     ended_early,
     judge,
     put_away,
     require_rules,
+    start,
     write_rows,
 )
 from bayeslr.loop.early import hopeless
-from bayeslr.runner_protocol import ContinuingRunner, RecordedRunner, Runner, Study, Trial
+from bayeslr.loop.stacking import stacks_of
+from bayeslr.runner_protocol import (
+    ContinuingRunner,
+    RecordedRunner,
+    Runner,
+    StackRunner,
+    Study,
+    Trial,
+)
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_lr, format_quantity
 
@@ -41,7 +51,8 @@ REPORT_SECONDS = 2.0
 """Least time between two intermediate losses of one run in the study."""
 
 MAX_STARTS = 3
-"""A run whose process was ended from outside is started again from its checkpoint, this often."""
+"""A run whose process was ended from outside is started again from its checkpoint, this often; the
+last time alone, for it may be the size of the stack that has it killed."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +94,11 @@ def silent(line: str, *, transient: bool = False) -> None:
 
 @final
 class Worker:
-    """Trains up to ``slots`` runs at a time in child processes, until the study says stop."""
+    """Trains up to ``slots`` programs at a time in child processes, until the study says stop.
+
+    A program is a run, or a stack of them where the runner can (`stacking`). Each run of a stack is
+    asked for, renewed and told as it is alone.
+    """
 
     def __init__(
         self,
@@ -101,7 +116,10 @@ class Worker:
         self._slots = slots
         self._plan = plan
         self._progress = progress
+        self._processes: list[Process] = []
         self._children: dict[int, Child] = {}
+        self._stopping: dict[int, str] = {}
+        self._alone: set[str] = set()
         self._starts: dict[int, int] = {}
         self._reported_at: dict[int, float] = {}
         self._beat_at = 0.0
@@ -117,43 +135,54 @@ class Worker:
             while True:
                 ended = self._attend()
                 idle = time.monotonic() - looked_at > IDLE_SECONDS
-                if len(self._children) < self._slots and (ended or idle):
+                if len(self._processes) < self._slots and (ended or idle):
                     looked_at = time.monotonic()
                     stop = self._fill()
-                    if stop is not None and not self._children:
+                    if stop is not None and not self._processes:
                         return stop
                 time.sleep(POLL_SECONDS)
         finally:
-            for number, child in self._children.items():
-                child.stop()
+            for process in self._processes:
+                process.stop()
+            for number in self._children:
                 self._study.release(number)
+            self._study.join(0)
 
     def _attend(self) -> bool:
         """Read the children's records, renew leases, tell what ended; whether anything did."""
-        ended = False
+        before = len(self._children)
+        over = [process for process in self._processes if not process.running]
         beat = time.monotonic() - self._beat_at > BEAT_SECONDS
-        for number, child in list(self._children.items()):
-            running = child.running
-            reported = self._report(number, child)
-            why = self._hopeless(child) if reported and running else ""
-            if why:
-                self._end_early(number, child, why)
-                ended = True
-            elif not running:
-                self._end(number, child)
-                ended = True
-            elif beat and not self._study.beat(number):
-                child.stop()
-                del self._children[number]
-                self._progress(f"{child.spec.run_id}: somebody else has taken it over")
-                ended = True
         if beat:
+            self._study.join(self._slots)
             self._beat_at = time.monotonic()
-        return ended
+        for number, child in list(self._children.items()):
+            rows = child.new_rows()
+            reported = self._report(number, rows)
+            if child.process in over:
+                continue
+            if number in self._stopping:
+                if child.left_out:
+                    self._end_early(number)
+            elif why := self._hopeless(child) if reported else "":
+                self._stopping[number] = why
+                if self._stop(child):
+                    self._end_early(number)
+            elif self._ended_before_others(child, rows):
+                del self._children[number]
+                self._tell(number, child.spec, judge(child.spec, child.run_dir), child.wall_s)
+            if beat and number in self._children and not self._study.beat(number):
+                self._stop(child)
+                self._forget(number)
+                self._progress(f"{child.spec.run_id}: somebody else has taken it over")
+        for process in over:
+            self._processes.remove(process)
+            self._end(process)
+        return bool(over) or len(self._children) < before
 
-    def _report(self, number: int, child: Child) -> bool:
+    def _report(self, number: int, rows: Sequence[Mapping[str, Any]]) -> bool:
         """Put the newest loss into the study; whether there was one, and it was time for it."""
-        rows = [r for r in child.new_rows() if r["loss"] is not None]
+        rows = [row for row in rows if row["loss"] is not None]
         if not rows:
             return False
         if time.monotonic() - self._reported_at.get(number, -REPORT_SECONDS) < REPORT_SECONDS:
@@ -161,6 +190,11 @@ class Worker:
         self._reported_at[number] = time.monotonic()
         self._study.report(number, tokens=int(rows[-1]["tokens"]), loss=float(rows[-1]["loss"]))
         return True
+
+    def _ended_before_others(self, child: Child, rows: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether these new rows complete a run of a stack; of one alone the process tells."""
+        ends = any(row["status"] in ("ok", "diverged") for row in rows)
+        return child.stacked and ends and judge(child.spec, child.run_dir).complete
 
     def _hopeless(self, child: Child) -> str:
         """Why a run should be stopped, judged against the runs of earlier batches."""
@@ -174,20 +208,50 @@ class Worker:
         due = mine.get(child.spec.run_id)
         return hopeless(child.spec, child.rows(), earlier, due.finishing if due else None)
 
-    def _end_early(self, number: int, child: Child, why: str) -> None:
-        child.stop()
-        del self._children[number]
+    def _stop(self, child: Child) -> bool:
+        """Stop a run; False if others share its process, which has yet to leave it out."""
+        sharing = [other for other in self._children.values() if other.process is child.process]
+        if len(sharing) > 1:
+            child.leave_out()
+            return False
+        child.process.stop()
+        self._processes.remove(child.process)
+        return True
+
+    def _end_early(self, number: int) -> None:
+        why = self._stopping[number]
+        child = self._forget(number)
         verdict = ended_early(child.spec, child.run_dir, why)
         self._tell(number, child.spec, verdict, child.wall_s)
 
-    def _end(self, number: int, child: Child) -> None:
-        del self._children[number]
-        verdict = child.verdict()
-        if verdict.state == "lost" and self._starts[number] < MAX_STARTS:
-            self._progress(f"{child.spec.run_id}: {verdict.reason}; goes on from its checkpoint")
-            self._start(number, child.spec)
-            return
-        self._tell(number, child.spec, verdict, child.wall_s)
+    def _forget(self, number: int) -> Child:
+        self._stopping.pop(number, None)
+        return self._children.pop(number)
+
+    def _end(self, process: Process) -> None:
+        """Tell how an ended process left its runs, or see to those that deserve another try."""
+        lost: list[tuple[int, RunSpec]] = []
+        for number, child in list(self._children.items()):
+            if child.process is not process:
+                continue
+            if number in self._stopping:
+                self._end_early(number)
+                continue
+            self._forget(number)
+            verdict = child.verdict()
+            left = MAX_STARTS - self._starts[number]
+            if verdict.state == "lost" and left > (1 if child.stacked else 0):
+                lost.append((number, child.spec))
+                line = f"{verdict.reason}; goes on from its checkpoint"
+                self._progress(f"{child.spec.run_id}: {line}")
+            elif child.stacked and not verdict.complete:
+                # Nothing says which member broke the stack: each is a run of its own from here on.
+                self._alone.add(child.spec.run_id)
+                self._study.release(number)
+                self._progress(f"{child.spec.run_id}: {verdict.reason}; goes on alone")
+            else:
+                self._tell(number, child.spec, verdict, child.wall_s)
+        self._start(lost)
 
     def _tell(self, number: int, spec: RunSpec, verdict: Verdict, wall_s: float) -> None:
         verdict = require_rules(spec, verdict)
@@ -217,31 +281,72 @@ class Worker:
 
     def _fill(self) -> Stop | None:
         """Start what is due in the free slots; the stop, once there is nothing left to do."""
-        while len(self._children) < self._slots:
+        while len(self._processes) < self._slots:
             trials = self._study.trials()
-            orphan = next(
-                (
-                    t
-                    for t in trials
-                    if not t.finished and not t.alive and t.number not in self._children
-                ),
-                None,
-            )
-            if orphan is not None and self._study.adopt(orphan.number):
-                self._progress(f"{orphan.spec.run_id}: goes on (its worker {orphan.owner} is gone)")
-                self._start(orphan.number, orphan.spec)
-                continue
-            if (stop := self._study.note("stop")) is not None:
+            orphans = [
+                t
+                for t in trials
+                if not t.finished and not t.alive and t.number not in self._children
+            ]
+            stop = self._study.note("stop")
+            due = [] if stop is not None else self._due(trials)
+            if claimed := self._claim_next(orphans, due):
+                self._start(claimed)
+            elif stop is not None:
                 return Stop(**stop)
-            due = self._due(trials)
-            trial = self._ask_first(due)
-            if trial is not None:
-                self._start(trial.number, trial.spec)
             elif any(not t.finished for t in self._study.trials()):
                 return None  # the batch is under way, here or elsewhere
             elif not self._plan_next(refused=due):
                 return None  # somebody else is planning it
         return None
+
+    def _claim_next(
+        self, orphans: Sequence[Trial], due: Sequence[Due]
+    ) -> list[tuple[int, RunSpec]]:
+        """Number and spec of what to start next, which is ours from now on; empty if nothing is."""
+        orphan_of = {trial.spec.run_id: trial for trial in orphans}
+        due_of_id = {run.spec.run_id: run for run in due}
+        specs = [trial.spec for trial in orphans] + [self._startable(run.spec) for run in due]
+        for stack in self._stacks(specs):
+            claimed = []
+            for spec in stack:
+                orphan = orphan_of.get(spec.run_id)
+                if orphan is None:
+                    trial = self._ask(due_of_id[spec.run_id], spec)
+                else:
+                    trial = self._adopt(orphan)
+                if trial is not None:
+                    claimed.append((trial.number, trial.spec))
+            if claimed:
+                return claimed
+        return []
+
+    def _stacks(self, specs: Sequence[RunSpec]) -> list[list[RunSpec]]:
+        """Runs that wait for a slot, those together that are better trained as one program."""
+        runner = self._runner
+        if not isinstance(runner, StackRunner):
+            return [[spec] for spec in specs]
+        alone = [[spec] for spec in specs if spec.run_id in self._alone]
+        waiting = {spec.run_id: spec for spec in specs if spec.run_id not in self._alone}
+        slots = max(self._slots, self._study.slots())
+        # The whole batch is dealt at once, so that a stack does not depend on which slot is free.
+        batch = [self._startable(run.spec) for run in batch_runs(self._study, self._batch)]
+        others = [spec for spec in batch if spec.run_id not in waiting]
+        stacks = [
+            [spec for spec in stack if spec.run_id in waiting]
+            for stack in stacks_of(runner, [*waiting.values(), *others], slots)
+        ]
+        stacks = [stack for stack in stacks if stack]
+        if len(stacks) < self._slots - len(self._processes):
+            stacks = stacks_of(runner, list(waiting.values()), slots)
+        return stacks + alone
+
+    def _adopt(self, orphan: Trial) -> Trial | None:
+        if not self._study.adopt(orphan.number):
+            return None
+        if orphan.spec.run_id not in self._alone:
+            self._progress(f"{orphan.spec.run_id}: goes on (its worker {orphan.owner} is gone)")
+        return orphan
 
     def _due(self, trials: Sequence[Trial]) -> list[Due]:
         """Runs of the batch in force that nobody has asked for."""
@@ -253,23 +358,25 @@ class Worker:
         while self._study.note(f"batch:{self._batch + 1}") is not None:
             self._batch += 1
 
-    def _ask_first(self, due: Sequence[Due]) -> Trial | None:
-        for run in due:
-            spec, reason, note = run.spec, run.reason, ""
-            if not self._can_start(spec):
-                spec = dataclasses.replace(spec, continues=None, continues_at=0)
-                note = (
-                    f"trained whole, for the trunk of {run.spec.continues} is not in "
-                    f"{self._runs_dir}"
-                )
-                reason = f"{reason}; {note}"
-            # The price is that of what may be trained here, whatever the plan or a trial says.
-            trial = self._study.ask(spec, flops=self._runner.flops(spec), reason=reason)
-            if trial is not None:
-                if note:
-                    self._progress(f"{spec.run_id}: {note}")
-                return trial
-        return None
+    def _ask(self, run: Due, spec: RunSpec) -> Trial | None:
+        """The trial of a run, trained as ``spec`` says; None if it was refused."""
+        reason, note = run.reason, ""
+        if spec != run.spec:
+            note = (
+                f"trained whole, for the trunk of {run.spec.continues} is not in {self._runs_dir}"
+            )
+            reason = f"{reason}; {note}"
+        # The price is that of what may be trained here, whatever the plan or a trial says.
+        trial = self._study.ask(spec, flops=self._runner.flops(spec), reason=reason)
+        if trial is not None and note:
+            self._progress(f"{spec.run_id}: {note}")
+        return trial
+
+    def _startable(self, spec: RunSpec) -> RunSpec:
+        """The run, or the whole of it where it cannot go on from another here."""
+        if self._can_start(spec):
+            return spec
+        return dataclasses.replace(spec, continues=None, continues_at=0)
 
     def _can_start(self, spec: RunSpec) -> bool:
         """Whether this worker's folders hold what the run goes on from, if it does."""
@@ -299,9 +406,29 @@ class Worker:
             self._study.set_note(f"batch:{number}", {"runs": [due_entry(due) for due in plan]})
         return True
 
-    def _start(self, number: int, spec: RunSpec) -> None:
+    def _start(self, runs: Sequence[tuple[int, RunSpec]]) -> None:
+        """Train runs of ours, by number, as one program; those with nothing to train are told."""
+        runs = [(number, spec) for number, spec in runs if not self._settled(number, spec)]
+        if not runs:
+            return
+        folders = [(spec, self._runs_dir / spec.run_id) for _, spec in runs]
+        children = start(folders, self._command([spec for _, spec in runs]))
+        self._processes.append(children[0].process)
+        for (number, _), child in zip(runs, children, strict=True):
+            self._starts[number] = self._starts.get(number, 0) + 1
+            self._children[number] = child
+        self._progress(f"training {len(self._children)} run(s)", transient=True)
+
+    def _command(self, specs: Sequence[RunSpec]) -> Callable[[Sequence[Path]], list[str]]:
+        """Command line that trains these runs, from their folders."""
+        runner = self._runner
+        if len(specs) > 1 and isinstance(runner, StackRunner):
+            return runner.stack_command
+        return lambda folders: runner.command(specs[0], folders[0])
+
+    def _settled(self, number: int, spec: RunSpec) -> bool:
+        """Tell a run that needs no process, or cannot have one; whether it was one."""
         run_dir = self._runs_dir / spec.run_id
-        self._starts[number] = self._starts.get(number, 0) + 1
         verdict = judge(spec, run_dir, recorded=isinstance(self._runner, RecordedRunner))
         known = verdict.complete  # a worker was killed before it could tell
         if known and self._made_again(spec, verdict):
@@ -317,8 +444,8 @@ class Worker:
             verdict = judge(spec, run_dir, failure=reason, preempted=True)
             self._tell(number, spec, verdict, 0.0)
         else:
-            self._children[number] = Child(spec, run_dir, self._runner.command(spec, run_dir))
-            self._progress(f"training {len(self._children)} run(s)", transient=True)
+            return False
+        return True
 
     def _made_again(self, spec: RunSpec, verdict: Verdict) -> bool:
         """Whether a complete run begins anew, for what it recorded broke a rule.
@@ -341,12 +468,15 @@ class Worker:
 
 def due_runs(study: Study, trials: Sequence[Trial], batch: int) -> list[Due]:
     """Runs of a batch that nobody has asked for; none if there is no such batch."""
-    note = study.note(f"batch:{batch}")
-    if note is None:
-        return []
     asked = [t.spec.run_id for t in trials if not t.void]
-    runs = [due_of(entry) for entry in note["runs"]]
+    runs = batch_runs(study, batch)
     return [due for due in runs if asked.count(due.spec.run_id) < due.nth]
+
+
+def batch_runs(study: Study, batch: int) -> list[Due]:
+    """All runs of a batch; none if there is no such batch."""
+    note = study.note(f"batch:{batch}")
+    return [] if note is None else [due_of(entry) for entry in note["runs"]]
 
 
 def _id(due: Due) -> str:

@@ -456,6 +456,19 @@ class Sweep:
         if self._set(raw, "result", result):
             self._close(self._one(number))
 
+    def join(self, slots: int) -> None:
+        """Give a sign of life as a worker that trains so many programs at a time; 0 to leave."""
+        entry = {"owner": dataclasses.asdict(self._me), "slots": slots, "time": time.time()}
+        key = f"worker:{self._me.instance}"
+        _patiently(lambda: self._storage.set_study_user_attr(self._claims_id, key, entry))
+
+    def slots(self) -> int:
+        """Programs that all living workers can train at a time."""
+        notes = _patiently(lambda: self._storage.get_study_user_attrs(self._claims_id))
+        workers = [note for key, note in notes.items() if key.startswith("worker:")]
+        alive = [w for w in workers if Owner(**w["owner"]).alive(w["time"], LEASE_SECONDS)]
+        return sum(worker["slots"] for worker in alive)
+
     def claim(self, task: str) -> bool:
         """Whether a one-off task, such as planning a batch, is ours: one live owner at a time."""
         winner = self._winning_claims("task:").get(f"task:{task}")

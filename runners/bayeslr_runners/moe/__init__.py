@@ -42,11 +42,7 @@ class MoeRunner:
 
     def command(self, spec: RunSpec, run_dir: Path) -> list[str]:
         """Command line of the child process."""
-        if spec.param_convention != "non_embedding":
-            raise SpecError(
-                f"run {spec.run_id}: the proxy trainer counts non_embedding parameters, got "
-                f"param_convention {spec.param_convention!r}"
-            )
+        _require_convention(spec)
         return [sys.executable, "-m", "bayeslr_runners.moe", str(run_dir)]
 
     def has_trunk(self, spec: RunSpec, runs_dir: Path) -> bool:
@@ -54,7 +50,8 @@ class MoeRunner:
         return has_trunk(spec, runs_dir)
 
     def stack_key(self, spec: RunSpec) -> str:
-        """Equal for runs that `stack_command` can train together; see `stack`."""
+        """Equal for runs that `stack_command` had better train together; see `stack`."""
+        _require_convention(spec)
         return stack_key(spec)
 
     def stack_command(self, run_dirs: Sequence[Path]) -> list[str]:
@@ -73,3 +70,11 @@ class MoeRunner:
     def check_command(self, arguments: Sequence[str]) -> list[str]:
         """Command line of the child that runs a coordinate check; see `coordinate_check`."""
         return [sys.executable, "-m", "bayeslr_runners.moe.coordinate_check", *arguments]
+
+
+def _require_convention(spec: RunSpec) -> None:
+    if spec.param_convention != "non_embedding":
+        raise SpecError(
+            f"run {spec.run_id}: the proxy trainer counts non_embedding parameters, got "
+            f"param_convention {spec.param_convention!r}"
+        )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from bayeslr.errors import StorageError
-from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE
+from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE, STOP_FILE
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_quantity
 from bayeslr_runners.moe import checkpoint
@@ -208,6 +208,7 @@ class _Run:
         self._save()
 
     def _step(self, horizon: Horizon) -> None:
+        self._leave_out()
         position, spec = self.position, self.spec
         factor = lr_factor(
             spec,
@@ -275,7 +276,22 @@ class _Run:
                 )
                 self._clean(member)
                 (member.run_dir / TRUNK_FILE).unlink(missing_ok=True)
-        kept = [i for i, m in enumerate(self.members) if m.spec.run_id not in reasons]
+        self._keep([i for i, m in enumerate(self.members) if m.spec.run_id not in reasons])
+
+    def _leave_out(self) -> None:
+        """Go on without the runs whose folders say so; see `StackRunner` in the protocol."""
+        stops = [member.run_dir / STOP_FILE for member in self.members]
+        kept = [i for i, stop in enumerate(stops) if not stop.exists()]
+        if len(kept) == len(stops):
+            return
+        self._charge()
+        try:
+            self._keep(kept)
+        finally:
+            for i in set(range(len(stops))) - set(kept):
+                stops[i].unlink(missing_ok=True)
+
+    def _keep(self, kept: Sequence[int]) -> None:
         self.members = [self.members[i] for i in kept]
         if not kept:
             raise _AllEnded
