@@ -295,3 +295,20 @@ def test_two_children_never_train_in_one_folder(tmp_path: Path) -> None:
     assert second.running
     wait(second)
     assert not first.running
+
+
+def test_a_stack_waits_for_the_lock_of_each_of_its_folders(tmp_path: Path) -> None:
+    held = begin(tmp_path / "b", "import time; time.sleep(1.0)")
+    time.sleep(0.3)
+    runs = [(dataclasses.replace(SPEC, run_id=name), tmp_path / name) for name in "ba"]
+    told: list[list[str]] = []
+    children = start(
+        runs, lambda folders: told.append([f.name for f in folders]) or [sys.executable, "-c", ""]
+    )
+    assert [child.spec.run_id for child in children] == ["b", "a"]
+    assert told == [["a", "b"]]
+    time.sleep(0.3)
+    assert held.running
+    assert children[0].running
+    wait(children[1])
+    assert not held.running

@@ -22,7 +22,7 @@ BUDGET = 4e12
 
 def start(recipe: Path, out: Path, root: Path) -> subprocess.Popen[bytes]:
     words = [sys.executable, str(root / "tests" / "fakes.py"), "sweep", str(recipe), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'runners'}"}
     with (out.parent / "log").open("ab") as log:
         return subprocess.Popen(words, env=environment, stdout=log, stderr=log)
 

@@ -25,7 +25,7 @@ BUDGET = 5e12
 
 
 def process(root: Path, log: Path, *words: str) -> subprocess.Popen[bytes]:
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'runners'}"}
     command = [sys.executable, str(root / "tests" / "fakes.py"), *words]
     with log.open("wb") as file:
         return subprocess.Popen(command, env=environment, stdout=file, stderr=file)

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from bayeslr.errors import SpecError, StorageError
+from bayeslr.runner_protocol import STOP_FILE
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe import MoeRunner
 from bayeslr_runners.moe.parts import MAX_MEMBERS, split
@@ -148,6 +149,31 @@ def test_a_diverging_member_leaves_the_others_untouched(tmp_path: Path) -> None:
         assert last["loss"] is None
 
 
+def test_a_member_that_is_to_stop_leaves_the_others_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = [spec(name, lr=lr) for name, lr in (("a", 0.005), ("b", 0.01), ("c", 0.02))]
+    whole, stopped = folders(tmp_path / "whole", runs), folders(tmp_path / "stopped", runs)
+    train(*whole)
+    take_step, stacked = Trainer.step, list[int]()
+
+    def step(self: Trainer, number: int, lr_factor: float) -> Any:
+        stacked.append(len(self.specs))
+        if len(stacked) == 15:
+            (stopped[1] / STOP_FILE).touch()
+        return take_step(self, number, lr_factor)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    train(*stopped)
+    # 24 steps on the trunk, which is measured after 12, with a branch of 4 and one of 6.
+    assert stacked == [3] * 15 + [2] * 19
+    assert not (stopped[1] / STOP_FILE).exists()
+    assert [row["status"] for row in rows(stopped[1])] == ["partial"]
+    for i in (0, 2):
+        assert [row["loss"] for row in rows(stopped[i])] == [row["loss"] for row in rows(whole[i])]
+        assert rows(stopped[i])[-1]["status"] == "ok"
+
+
 def test_a_stack_of_diverging_runs_ends(tmp_path: Path) -> None:
     runs = folders(tmp_path, [spec("wild", lr=9.0), spec("wilder", lr=9.9)])
     train(*runs)
@@ -214,6 +240,21 @@ def test_runs_that_differ_in_more_are_refused(
 def test_the_key_says_which_runs_can_be_stacked() -> None:
     assert len({stack_key(run) for run in members()}) == 1
     assert stack_key(spec("a")) != stack_key(spec("a", tokens=12_800))
+    # Runs that go on from others share a stack where they begin at the same place.
+    later = {"tokens": 12_800, "decay_at": (12_800,), "continues_at": 5120}
+    assert stack_key(spec("a", continues="x", **later)) == stack_key(
+        spec("b", continues="y", **later)
+    )
+    assert stack_key(spec("a", continues="x", **later)) != stack_key(
+        spec("b", continues="y", **{**later, "continues_at": 4096})
+    )
+
+
+@pytest.mark.parametrize(("device", "num_keys"), [("cpu", 2), ("cuda", 1)])
+def test_wide_runs_are_not_stacked_on_a_cpu(device: str, num_keys: int) -> None:
+    shape = {**SHAPE, "d_model": 128}
+    wide = [spec(name, shape=shape, options={"device": device}) for name in "ab"]
+    assert len({stack_key(run) for run in wide}) == num_keys
 
 
 def test_one_child_trains_all_folders(tmp_path: Path) -> None:

@@ -182,7 +182,7 @@ def test_a_killed_processs_run_is_taken_over_at_once(
         f"s = open_study({storage!r}, 'toy', Path({str(tmp_path)!r}), None);"
         "s.ask(spec(0), flops=10.0, reason=''); os.kill(os.getpid(), 9)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(root)}
+    environment = {**os.environ, "PYTHONPATH": f"{root}:{root / 'runners'}"}
     assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == -9
     (trial,) = opened.trials()
     assert (trial.state, trial.alive) == ("running", False)
@@ -352,3 +352,21 @@ def test_joining_creates_no_database(tmp_path: Path) -> None:
 def test_a_study_must_be_named(storage: str | None, opened: Sweep, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"name a study of .* \(--study\); studies there: toy"):
         open_study(storage, "", tmp_path, None)
+
+
+def test_the_slots_of_living_workers_are_counted(
+    opened: Sweep, storage: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert opened.slots() == 0
+    opened.join(2)
+    other = open_study(storage, "toy", tmp_path, None)
+    other.join(3)
+    assert opened.slots() == other.slots() == 5
+    other.join(1)
+    assert opened.slots() == 3
+    other.close()  # as if its process had ended
+    assert opened.slots() == 2
+    monkeypatch.setattr(study_module, "_machine", lambda: "elsewhere")
+    assert opened.slots() == 2
+    monkeypatch.setattr(study_module, "LEASE_SECONDS", 0.0)
+    assert opened.slots() == 0
