@@ -329,12 +329,12 @@ class Worker:
         alone = [[spec] for spec in specs if spec.run_id in self._alone]
         waiting = {spec.run_id: spec for spec in specs if spec.run_id not in self._alone}
         slots = max(self._slots, self._study.slots())
-        # The whole batch is dealt at once, so that a stack does not depend on which slot is free.
+        # The whole batch is dealt at once: which slot is free first does not decide what is stacked.
         batch = [self._startable(run.spec) for run in batch_runs(self._study, self._batch)]
-        others = [spec for spec in batch if spec.run_id not in waiting]
+        whole = {spec.run_id: spec for spec in batch} | waiting
         stacks = [
             [spec for spec in stack if spec.run_id in waiting]
-            for stack in stacks_of(runner, [*waiting.values(), *others], slots)
+            for stack in stacks_of(runner, list(whole.values()), slots)
         ]
         stacks = [stack for stack in stacks if stack]
         if len(stacks) < self._slots - len(self._processes):

@@ -53,7 +53,8 @@ def train(*run_dirs: Path, progress: Callable[[str], None] | None = None) -> Non
             position, member = _resumed(_Member(run_dir, spec, records))
             by_position.setdefault(position, []).append(member)
     for position, members in by_position.items():
-        trainer = Trainer.build(*(member.spec for member in members))
+        # One path for a run alone and among others: then what it is stacked with changes no bit.
+        trainer = Trainer.build(*(member.spec for member in members), stacked=True)
         _Run(members, position, trainer, progress or (lambda line: None)).to_the_end()
 
 
