@@ -328,8 +328,10 @@ class Worker:
             return [[spec] for spec in specs]
         alone = [[spec] for spec in specs if spec.run_id in self._alone]
         waiting = {spec.run_id: spec for spec in specs if spec.run_id not in self._alone}
+        if not waiting:
+            return alone
         slots = max(self._slots, self._study.slots())
-        # The whole batch is dealt at once: which slot is free first does not decide what is stacked.
+        # The whole batch is dealt, so that a stack does not depend on which slot is free first.
         batch = [self._startable(run.spec) for run in batch_runs(self._study, self._batch)]
         whole = {spec.run_id: spec for spec in batch} | waiting
         stacks = [

@@ -120,8 +120,7 @@ def test_a_batch_is_one_program_and_so_is_what_goes_on_from_it(
         assert trial.trunk_tokens == wanted.trunk_tokens is not None
         assert trial.spec == wanted.spec
         assert (trial.spec.continues is not None) == (trial.spec.tokens == LONG)
-        # Rounding differs, and a token near the boundary of two experts may change sides.
-        assert trial.final_loss == pytest.approx(wanted.final_loss, abs=2e-3)
+        assert trial.final_loss == wanted.final_loss  # to the bit
     # A run's seconds are its share of the program's.
     assert all(row["wall_s"] > 0 for trial in study.trials() for row in trial.records)
 
@@ -163,9 +162,7 @@ def test_a_diverging_member_is_told_at_once_and_the_others_are_untouched(tmp_pat
     work(other, tmp_path / "b", good)
     for one in good:
         kept, wanted = (curve(tmp_path / out / one.spec.run_id) for out in "ab")
-        assert [row[:2] for row in kept] == [row[:2] for row in wanted]
-        for row, expected in zip(kept, wanted, strict=True):
-            assert row[2] == pytest.approx(expected[2], abs=1e-5)
+        assert kept == wanted
 
 
 def test_a_stack_holds_what_the_budget_has_room_for(tmp_path: Path, programs: list[int]) -> None:
@@ -326,9 +323,6 @@ def test_a_killed_sweep_ends_as_one_that_was_left_alone(tmp_path: Path, root: Pa
     process.wait()
     assert start(recipe, out, root).wait(200) == 0
     assert "goes on" in (tmp_path / "killed.log").read_text()
-    expected, found = finished_runs(tmp_path / "alone"), finished_runs(out)
-    assert set(found) == set(expected)
-    assert len(found) == 4
-    for run_id, (state, losses) in expected.items():
-        assert found[run_id][0] == state == "ok"
-        assert found[run_id][1] == pytest.approx(losses, abs=2e-3)
+    found = finished_runs(out)
+    assert found == finished_runs(tmp_path / "alone")
+    assert [state for state, _ in found.values()] == ["ok"] * 4

@@ -23,6 +23,7 @@ from bayeslr.specs import RunSpec
 from bayeslr.units import format_quantity
 from bayeslr_runners.moe import checkpoint
 from bayeslr_runners.moe.divergence import Watch, cause
+from bayeslr_runners.moe.options import Options
 from bayeslr_runners.moe.records import RecordLog, build_row
 from bayeslr_runners.moe.schedule import Horizon, horizons, lr_factor, schedule_state
 from bayeslr_runners.moe.specfile import read_spec
@@ -54,7 +55,9 @@ def train(*run_dirs: Path, progress: Callable[[str], None] | None = None) -> Non
             by_position.setdefault(position, []).append(member)
     for position, members in by_position.items():
         # One path for a run alone and among others: then what it is stacked with changes no bit.
-        trainer = Trainer.build(*(member.spec for member in members), stacked=True)
+        # On a GPU, where sums are not repeatable anyway, a run alone keeps the faster kernels.
+        on_cpu = Options.from_mapping(specs[0].options).train.device == "cpu"
+        trainer = Trainer.build(*(member.spec for member in members), stacked=on_cpu)
         _Run(members, position, trainer, progress or (lambda line: None)).to_the_end()
 
 
