@@ -60,7 +60,7 @@ def spec(d_model: int, *, batch_tokens: int = BATCH_TOKENS, seq_len: int = SEQ_L
 
 
 def stepper(*specs: RunSpec) -> Callable[[], object]:
-    trainer = Trainer.build(*specs)
+    trainer = Trainer.build(*specs, stacked=True)  # as `train` does on a CPU
     return lambda: trainer.step(0, 1.0)
 
 

@@ -8,11 +8,13 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bayeslr.errors import SpecError, StorageError
 from bayeslr.runner_protocol import STOP_FILE
@@ -31,7 +33,15 @@ OPTIONS = {"data": "synthetic", "synthetic_vocab": 16, "synthetic_order": 1, "sy
            "partial_evals": 1, "bias_rate": 0.001}  # fmt: skip
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = pytest.mark.usefixtures("one_thread", "deterministic")
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """As in the trainer's own process."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def spec(run_id: str, *, options: dict[str, Any] | None = None, **changes: Any) -> RunSpec:
@@ -98,6 +108,19 @@ def test_a_member_takes_the_steps_that_it_takes_alone(changes: dict[str, Any]) -
             assert measured.diagnostics[name] == pytest.approx(value, rel=0.02), name
     losses = {round(step.loss, 4) for step in together}
     assert len(losses) == len(runs)  # the members do differ
+
+
+def test_what_a_run_is_stacked_with_changes_no_bit_of_it() -> None:
+    runs = [spec(str(lr), lr=lr) for lr in (0.002, 0.004, 0.008, 0.016)]
+    stack, alone = Trainer.build(*runs), Trainer.build(runs[1], stacked=True)
+    left = [0, 1, 2, 3]
+    for number in range(30):
+        if number in (10, 20):  # members leave, at last all others
+            left = left[:2] if number == 10 else [1]
+            stack = stack.keeping([0, 1] if number == 10 else [1])
+        together, (step,) = stack.step(number, 1.0), alone.step(number, 1.0)
+        assert together[left.index(1)] == step
+    assert stack.measure()[0].loss == alone.measure()[0].loss
 
 
 @pytest.mark.parametrize("arch", ["dense", "top-1"])

@@ -178,8 +178,8 @@ def test_a_stack_holds_what_the_budget_has_room_for(tmp_path: Path, programs: li
 def test_a_hopeless_member_is_left_out_and_the_others_do_not_notice(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = opened(space__tokens=[153_600], options={**OPTIONS, "partial_evals": 8})
-    chosen = cell(recipe, 153_600)[:3]
+    recipe = opened(space__tokens=[76_800], options={**OPTIONS, "partial_evals": 8})
+    chosen = cell(recipe, 76_800)[:3]
     bad = chosen[1].spec.run_id
     whole = open_study(None, "toy", tmp_path / "whole", recipe)
     work(whole, tmp_path / "whole", chosen)
@@ -188,7 +188,7 @@ def test_a_hopeless_member_is_left_out_and_the_others_do_not_notice(
         worker_module, "hopeless",
         lambda spec, rows, others: "far up" if spec.run_id == bad else "",
     )  # fmt: skip
-    recipe = opened(space__tokens=[153_600], options={**OPTIONS, "partial_evals": 8},
+    recipe = opened(space__tokens=[76_800], options={**OPTIONS, "partial_evals": 8},
                     sweep__early_ends=True)  # fmt: skip
     study = open_study(None, "toy", tmp_path / "early", recipe)
     work(study, tmp_path / "early", chosen)

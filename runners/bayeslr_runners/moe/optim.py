@@ -103,10 +103,9 @@ class AdamW:
 
         A scalar outside a stack.
         """
-        norm: Tensor = torch.linalg.vector_norm(
-            torch.stack([torch.linalg.vector_norm(group.grad, dim=-1) for group in self.groups]),
-            dim=0,
-        )
+        # Member by member: the order of a sum over one axis depends on the length of the others.
+        norm_RG = torch.stack([_row_norms(group.grad) for group in self.groups], dim=-1)
+        norm = _row_norms(norm_RG)
         factor = (max_norm / (norm + 1e-6)).clamp(max=1.0).unsqueeze(-1)
         for group in self.groups:
             group.grad.mul_(factor)
@@ -229,3 +228,10 @@ class _FlatGroup:
         """Weights or a moment, in a stack of one member."""
         whole: Tensor = getattr(self, key)
         return whole if member is None else whole[member]
+
+
+def _row_norms(values: Tensor) -> Tensor:
+    """Norm of a vector, or of each row of a matrix as if it were alone."""
+    rows = values if values.dim() > 1 else [values]
+    norms = [torch.linalg.vector_norm(row) for row in rows]
+    return torch.stack(norms) if values.dim() > 1 else norms[0]

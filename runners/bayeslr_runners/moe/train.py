@@ -55,7 +55,7 @@ def train(*run_dirs: Path, progress: Callable[[str], None] | None = None) -> Non
             by_position.setdefault(position, []).append(member)
     for position, members in by_position.items():
         # One path for a run alone and among others: then what it is stacked with changes no bit.
-        # On a GPU, where sums are not repeatable anyway, a run alone keeps the faster kernels.
+        # On a GPU this was not measured: there a run alone takes the path that it always took.
         on_cpu = Options.from_mapping(specs[0].options).train.device == "cpu"
         trainer = Trainer.build(*(member.spec for member in members), stacked=on_cpu)
         _Run(members, position, trainer, progress or (lambda line: None)).to_the_end()

@@ -39,7 +39,7 @@ class Trainer:
     Step number and seed decide the batch of a step. A stack is one program: every tensor has a
     leading axis of R members, which never meet. What is returned is a list, one item a run.
     stacked: give a single run that axis too. On a CPU it then takes the steps that it takes among
-    others, to the bit, for 1 to 3 % more time.
+    others, to the bit, for a few per cent more time (docs/log.md).
     """
 
     def __init__(
