@@ -56,10 +56,12 @@ def covariate_draws(
         values = np.empty((len(kept), len(families), len(names)))
         for k, name in enumerate(names):
             for i, g in enumerate(families):
+                # The same draws for the same family, whoever asks.
                 if g is not None and name in known and parameter in posterior.draws:
                     values[:, i, k] = posterior.flat(parameter)[kept, g, known.index(name)]
                 else:
-                    key = [int(posterior.info["seed"]), i, *parameter.encode(), *name.encode()]
+                    own = 0 if g is None else g + 1
+                    key = [int(posterior.info["seed"]), own, *parameter.encode(), *name.encode()]
                     rng = np.random.default_rng(key)
                     values[:, i, k] = posterior.prior[parameter].draw(rng, len(kept))
         found[parameter] = values

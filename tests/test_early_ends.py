@@ -145,7 +145,13 @@ def test_a_valley_that_is_not_bracketed_stops_nothing() -> None:
     assert not hopeless(run, curve(run, 0.4), falling)
 
 
-@pytest.mark.parametrize("change", [{"batch_tokens": 20}, {"n_active": 90}, {"family": "g"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch_tokens": 20}, {"n_active": 90}, {"family": "g"}, {"weight_decay": 0.3},
+        {"options": {"lr_multipliers": {"router": 4.0}}},
+    ],
+)  # fmt: skip
 def test_only_runs_of_the_slice_are_compared(change: dict[str, Any]) -> None:
     run = spec(1.6e-2, run_id="new", **change)
     assert not hopeless(run, curve(run, 0.3), VALLEY)

@@ -91,7 +91,10 @@ def final_excess(spec: RunSpec, gap: float, best_lr: float, tokens: float) -> fl
 
 def _comparable(spec: RunSpec, other: RunSpec) -> bool:
     """Whether two runs are of one slice; under WSD, of one trunk, whatever their horizons."""
-    names = ["family", "n_active", "n_total", "batch_tokens", "schedule", "parametrization"]
+    names = [
+        "family", "n_active", "n_total", "batch_tokens", "schedule", "parametrization",
+        "covariates",
+    ]  # fmt: skip
     if spec.schedule != "wsd":
         names.append("tokens")
     return all(getattr(spec, name) == getattr(other, name) for name in names)
