@@ -118,7 +118,7 @@ def test_a_second_start_trains_nothing_and_says_the_same(
     def forbidden(*_: Any, **__: Any) -> None:
         raise AssertionError("a child was started")
 
-    monkeypatch.setattr("bayeslr.loop.worker.Child", forbidden)
+    monkeypatch.setattr("bayeslr.loop.worker.start", forbidden)
     again = compare(finished.recipe, finished.out)
     assert again.document() == finished.document()
 

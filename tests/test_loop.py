@@ -427,7 +427,7 @@ def test_a_disk_that_refuses_is_said_and_the_sweep_resumes(
         raise OSError(number, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("bayeslr.loop.worker.Child", full)
+        patch.setattr("bayeslr.loop.worker.start", full)
         with pytest.raises(StorageError, match=r"No space left on device.*repeat the same command"):
             sweep(tmp_path)
     result, _ = sweep(tmp_path)

@@ -186,7 +186,7 @@ def test_a_hopeless_member_is_left_out_and_the_others_do_not_notice(
     monkeypatch.setattr(worker_module, "REPORT_SECONDS", 0.0)
     monkeypatch.setattr(
         worker_module, "hopeless",
-        lambda spec, rows, others: "far up" if spec.run_id == bad else "",
+        lambda spec, rows, others, finishing: "far up" if spec.run_id == bad else "",
     )  # fmt: skip
     recipe = opened(space__tokens=[76_800], options={**OPTIONS, "partial_evals": 8},
                     sweep__early_ends=True)  # fmt: skip
