@@ -101,6 +101,7 @@ def states(study: Study) -> list[str]:
     return [trial.state for trial in study.trials()]
 
 
+@pytest.mark.slow
 def test_a_batch_is_one_program_and_so_is_what_goes_on_from_it(
     tmp_path: Path, programs: list[int]
 ) -> None:
@@ -248,6 +249,7 @@ def test_what_a_killed_stack_had_completed_is_told_and_not_trained_again(
     assert states(study) == ["ok"] * 3
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_killed_goes_on_and_at_last_one_by_one(
     tmp_path: Path, programs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -262,6 +264,7 @@ def test_a_stack_that_is_killed_goes_on_and_at_last_one_by_one(
     assert states(study) == ["ok"] * 3
 
 
+@pytest.mark.slow
 def test_a_member_that_breaks_the_stack_costs_the_others_nothing(
     tmp_path: Path, programs: list[int]
 ) -> None:
@@ -307,6 +310,7 @@ def start(recipe: Path, out: Path, root: Path) -> subprocess.Popen[bytes]:
         return subprocess.Popen(words, env=environment, stdout=log, stderr=log)
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_ends_as_one_that_was_left_alone(tmp_path: Path, root: Path) -> None:
     changes = {"sweep__max_runs": 4, "sweep__start_runs": 4, "space__tokens": [38_400]}
     document = toy_recipe(**{**RECIPE, **changes, "options": {**OPTIONS, "checkpoint_steps": 10}})
