@@ -189,9 +189,10 @@ class _Covariates:
         """Ln of the best values at targets (draw, covariate x target), and what their variance
         costs, nats (covariate x target,).
         """
-        best, curvature = best_values(
+        best, p = best_values(
             self._posterior, self._varied, self._targets, self._num_draws
         )  # fmt: skip
+        curvature = p["covariate_curvature"]
         chosen = least_expected(best, curvature)
         cost = (curvature * (best - chosen) ** 2).mean(axis=0) / best.var(axis=0)
         by_covariate = best.transpose(0, 2, 1).reshape(len(best), -1)

@@ -70,8 +70,8 @@ def covariate_draws(
 
 def best_values(
     posterior: Posterior, names: Sequence[str], targets: Sequence[Target], max_draws: int
-) -> tuple[FloatArray, FloatArray]:
-    """Ln of each covariate's best value over the reference, and its curvature in nats.
+) -> tuple[FloatArray, dict[str, FloatArray]]:
+    """Ln of each covariate's best value over the reference, and `covariate_draws` there.
 
     Each (draw, target, covariate).
     """
@@ -81,7 +81,7 @@ def best_values(
     p = {name: v[:, at] for name, v in covariate_draws(posterior, names, order, max_draws).items()}
     d_n = target_features(targets)["log_n_active"] - posterior.info["centre"]["log_n_active"]
     best: FloatArray = laws.best_covariate(d_n[:, None], p)
-    return best, p["covariate_curvature"]
+    return best, p
 
 
 def least_expected(best: FloatArray, curvature: FloatArray) -> FloatArray:
@@ -124,13 +124,11 @@ class _AtTarget:
 
 def _at_target(posterior: Posterior, names: Sequence[str], target: Target) -> dict[str, _AtTarget]:
     valley = target_draws(posterior, [target])
-    num_draws = len(valley.log_lr)
-    best, curvature = best_values(posterior, names, [target], num_draws)
-    shift = covariate_draws(posterior, names, [family_of(posterior, target)], num_draws)
+    best, p = best_values(posterior, names, [target], len(valley.log_lr))
     return {
         name: _AtTarget(
-            best=best[:, 0, k], curvature=curvature[:, 0, k],
-            shift=shift["covariate_shift"][:, 0, k], valley=valley,
+            best=best[:, 0, k], curvature=p["covariate_curvature"][:, 0, k],
+            shift=p["covariate_shift"][:, 0, k], valley=valley,
         )
         for k, name in enumerate(names)
     }  # fmt: skip

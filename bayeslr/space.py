@@ -14,7 +14,14 @@ import numpy as np
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import ContinuingRunner, Runner, Trial
 from bayeslr.runs import RunTable
-from bayeslr.specs import LR_MULTIPLIER, WEIGHT_DECAY, Recipe, RunSpec, Target
+from bayeslr.specs import (
+    LR_MULTIPLIER,
+    WEIGHT_DECAY,
+    Recipe,
+    RunSpec,
+    Target,
+    covariate_columns,
+)
 from bayeslr.units import parse_quantity
 
 _NOT_LONGER = ("diverged", "failed", "pruned")
@@ -100,11 +107,11 @@ def run_spec(
     label = f"{prefix or recipe.name}-{shape['name']}-t{max(decay_at)}-b{batch_tokens}"
     run, options = dict(recipe.run), dict(recipe.options)
     for name, value in (covariates or {}).items():
-        label += f"-{name.removeprefix(LR_MULTIPLIER)}{value:.4g}"
+        group = name.removeprefix(LR_MULTIPLIER)
+        label += f"-{group}{value:.4g}"
         if name == "weight_decay":
             run[name] = value
         else:
-            group = name.removeprefix(LR_MULTIPLIER)
             options["lr_multipliers"] = {**options.get("lr_multipliers", {}), group: value}
     try:
         return RunSpec(
@@ -138,9 +145,9 @@ def covariates_tried(recipe: Recipe) -> list[dict[str, float]]:
 
 def own_covariates(recipe: Recipe) -> dict[str, float]:
     """The recipe's own value of each covariate that its space tries, by column."""
-    multipliers = recipe.options.get("lr_multipliers", {})
-    own = {"weight_decay": recipe.run.get("weight_decay", WEIGHT_DECAY)}
-    own |= {f"{LR_MULTIPLIER}{group}": value for group, value in multipliers.items()}
+    own = covariate_columns(
+        recipe.run.get("weight_decay", WEIGHT_DECAY), recipe.options.get("lr_multipliers", {})
+    )
     return {name: float(own.get(name, 1.0)) for name in recipe.space.covariates}
 
 

@@ -28,6 +28,13 @@ WEIGHT_DECAY = 0.1
 STRATEGIES = ("bayes", "random", "classical", "ladder", "d-optimal")
 
 Spec = TypeVar("Spec")
+Value = TypeVar("Value")
+
+
+def covariate_columns(weight_decay: Value, multipliers: Mapping[str, Value]) -> dict[str, Value]:
+    """Weight decay, and LR multipliers by module group, by column of the run table."""
+    by_group = {f"{LR_MULTIPLIER}{group}": value for group, value in multipliers.items()}
+    return {"weight_decay": weight_decay, **by_group}
 
 
 def _require(condition: bool, message: str) -> None:
@@ -266,8 +273,8 @@ class RunSpec:
         decay, and the LR multipliers of module groups that ``options`` names.
         """
         multipliers = self.options.get("lr_multipliers", {})
-        by_group = {f"{LR_MULTIPLIER}{group}": float(v) for group, v in multipliers.items()}
-        return {"weight_decay": self.weight_decay, **by_group}
+        by_group = {group: float(value) for group, value in multipliers.items()}
+        return covariate_columns(self.weight_decay, by_group)
 
     def share_at(self, tokens: float) -> float:
         """Share of its own way, 0 to 1, that the run has behind it at a token count."""
@@ -348,8 +355,7 @@ class Space:
     @property
     def covariates(self) -> dict[str, Sequence[float]]:
         """Further values to try, by column of the run table."""
-        groups = {f"{LR_MULTIPLIER}{group}": v for group, v in self.lr_multipliers.items()}
-        return {"weight_decay": self.weight_decay, **groups}
+        return covariate_columns(self.weight_decay, self.lr_multipliers)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

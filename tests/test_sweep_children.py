@@ -17,7 +17,6 @@ import pytest
 from bayeslr.loop.children import (
     MAX_PARTIAL_ROWS,
     Child,
-    complete,
     judge,
     parse_rows,
     require_rules,
@@ -132,7 +131,7 @@ def test_all_horizons_measured_is_ok(tmp_path: Path) -> None:
     record(tmp_path, {"tokens": 500, "loss": 3.0}, {"tokens": 1000, "loss": 2.5})
     verdict = judge(SPEC, tmp_path)
     assert (verdict.state, verdict.share, len(verdict.rows)) == ("ok", 1.0, 2)
-    assert complete(SPEC, tmp_path)
+    assert judge(SPEC, tmp_path).complete
 
 
 def test_divergence_keeps_what_was_measured_before(tmp_path: Path) -> None:

@@ -174,8 +174,7 @@ def predict(
         targets, n_active=n_active, n_total=n_total, tokens=tokens, batch_tokens=batch_tokens,
         family=family, convention=posterior.info.get("param_convention"),
     )  # fmt: skip
-    beside = covariate_table(posterior, wanted)
-    table = beside if covariates else run_predict(posterior, wanted)
+    table = (covariate_table if covariates else run_predict)(posterior, wanted)
     if out is not None:
         write_table(table, out)
     if json:
@@ -183,6 +182,7 @@ def predict(
     else:
         if targets is None:
             _echo(echoed(wanted[0]))
+        beside = table if covariates else covariate_table(posterior, wanted)
         _echo(*([] if covariates else prediction_lines(table)), *beside["sentence"])
         if covariates and beside.empty:
             _echo("Runs of a slice differ in LR and seed alone: nothing is known of other values.")

@@ -330,11 +330,6 @@ def ended_early(spec: RunSpec, run_dir: Path, reason: str) -> Verdict:
     return Verdict(state="pruned", reason=reason, rows=tuple(rows), share=whole.share)
 
 
-def complete(spec: RunSpec, run_dir: Path) -> bool:
-    """Whether the records say all there is to say."""
-    return judge(spec, run_dir).complete
-
-
 def put_away(run_dir: Path) -> None:
     """Keep the folder of a run under another name, so that the run begins from nothing."""
     number = 1

@@ -202,8 +202,7 @@ class Worker:
         if not recipe.early_ends or recipe.strategy != "bayes":
             return ""
         self._find_batch()  # a run that was taken over may be the first thing seen of its batch
-        note = self._study.note(f"batch:{self._batch}")
-        mine = {due.spec.run_id: due for due in map(due_of, note["runs"])} if note else {}
+        mine = {due.spec.run_id: due for due in batch_runs(self._study, self._batch)}
         earlier = [t for t in self._study.trials() if t.finished and t.spec.run_id not in mine]
         due = mine.get(child.spec.run_id)
         return hopeless(child.spec, child.rows(), earlier, due.finishing if due else None)

@@ -114,10 +114,12 @@ def simulate(prior: Prior, layout: Sequence[PlannedSlice], rng: np.random.Genera
         }  # fmt: skip
     records, effects = _runs(prior, layout, where, truth, rng)
     runs = make_table(records, source="simulation")
+    simulated = build_design(runs)
     at_target = where[len(layout) :]
     return Simulation(
         runs=runs,
-        truth=_told(_of_fitted(truth, design, fitted), runs) | _shared_noise(runs, effects),
+        truth=_told(_of_fitted(truth, design, fitted), simulated)
+        | _shared_noise(runs, simulated, effects),
         target_log_lr=truth["lr_opt"][at_target],
         target_floor=truth["floor"][at_target],
     )
@@ -143,12 +145,11 @@ def _skeleton(planned: Sequence[PlannedSlice]) -> tuple[Design, NDArray[np.int64
     return design, design.slice_of_run
 
 
-def _told(truth: dict[str, FloatArray], runs: RunTable) -> dict[str, FloatArray]:
+def _told(truth: dict[str, FloatArray], design: Design) -> dict[str, FloatArray]:
     """The truth without covariates where no slice of the runs tells of them.
 
     Raises: DataError where most runs of a family have another value than the usual.
     """
-    design = build_design(runs)
     if not design.covariates:
         return {name: values for name, values in truth.items() if name not in PER_COVARIATE}
     if (design.covariate_reference != WEIGHT_DECAY).any():
@@ -327,9 +328,8 @@ def _runs(prior: Prior, layout: Sequence[PlannedSlice], where: NDArray[np.int64]
     return records, effects
 
 
-def _shared_noise(runs: RunTable, effects: _Effects) -> dict[str, FloatArray]:
+def _shared_noise(runs: RunTable, design: Design, effects: _Effects) -> dict[str, FloatArray]:
     """The effects of those that share noise, in the order of their design; nothing if none does."""
-    design = build_design(runs)
     frame, shared = usable_rows(runs.frame), np.zeros(design.num_shared)
     for k, key in enumerate(zip(frame["run_id"], frame["tokens"], strict=True)):
         for number, effect in zip(

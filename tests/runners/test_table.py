@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from bayeslr.errors import SpecError
-from bayeslr.loop.children import complete, judge, write_rows
+from bayeslr.loop.children import judge, write_rows
 from bayeslr.runner_protocol import RecordedRunner, find_entry_point
 from bayeslr.runs import make_table
 from bayeslr.specs import RunSpec
@@ -80,7 +80,7 @@ def test_every_horizon_is_looked_up(table: Path, tmp_path: Path) -> None:
     asked = spec(table, schedule="wsd", tokens=2_000_000_000, decay_at=(10**9, 2 * 10**9))
     rows = TableRunner({"runs": str(table)}).records(asked)
     write_rows(tmp_path / "run", rows)
-    assert complete(asked, tmp_path / "run")
+    assert judge(asked, tmp_path / "run").complete
     told = make_table(judge(asked, tmp_path / "run").rows)
     assert len(told) == 2
     assert len(told.quarantine) == 0

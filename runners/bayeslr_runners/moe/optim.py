@@ -232,6 +232,7 @@ class _FlatGroup:
 
 def _row_norms(values: Tensor) -> Tensor:
     """Norm of a vector, or of each row of a matrix as if it were alone."""
-    rows = values if values.dim() > 1 else [values]
-    norms = [torch.linalg.vector_norm(row) for row in rows]
-    return torch.stack(norms) if values.dim() > 1 else norms[0]
+    if values.dim() > 1:
+        return torch.stack([_row_norms(row) for row in values])
+    norm: Tensor = torch.linalg.vector_norm(values)
+    return norm
