@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr import laws
-from bayeslr.covariates import best_values, covariate_draws, least_expected
+from bayeslr.covariates import best_values, covariate_draws, least_expected, log_ratio
 from bayeslr.errors import SpecError, UntrustworthyFit
 from bayeslr.finishing import Finishing
 from bayeslr.pointwise import noise_parameters
@@ -144,21 +144,24 @@ class _Covariates:
                  for name in dict.fromkeys(name for v in values for name in v)}  # fmt: skip
         # A multiplier that is not stated is 1.
         usual = {n: v if all(n in row for row in values) else 1.0 for n, v in usual.items()}
+        # None at all counts as a tenth of the least, as in a fit.
+        least = {n: min((v[n] for v in values if v.get(n, 0) > 0), default=1.0) / 10 for n in usual}
         varied = [n for n, u in usual.items() if any(row.get(n, u) != u for row in values)]
         known = () if design is None else design.covariates
         self.names = [*varied, *(name for name in known if name not in varied)]
         self._posterior, self._targets, self._num_draws = posterior, targets, num_draws
-        self._varied = varied
+        self._varied, self._values = varied, values
         families = [family_of(posterior, _cell(c.spec, c.spec.tokens)) for c in candidates]
         self._families = list(dict.fromkeys(families))
         self._family = np.array([self._families.index(g) for g in families])
         self._z = np.zeros((len(candidates), len(self.names)))
         for k, name in enumerate(self.names):
             for i, (row, g) in enumerate(zip(values, families, strict=True)):
-                reference = usual.get(name, 1.0)
                 if design is not None and name in known:
-                    reference = design.covariate_reference[g or 0, known.index(name)]
-                self._z[i, k] = math.log(row.get(name, reference) / reference)
+                    self._z[i, k] = log_ratio(design, name, row.get(name), g or 0)
+                else:
+                    reference = max(usual[name], least[name])
+                    self._z[i, k] = math.log(max(row.get(name, 1.0), least[name]) / reference)
         self._d_n = np.log([candidate.spec.n_active for candidate in candidates])
         self._d_n -= posterior.info["centre"]["log_n_active"]
 
@@ -175,7 +178,8 @@ class _Covariates:
     def changed(self, candidate: int) -> str:
         """What of a candidate's covariates is not the reference, as the end of a sentence."""
         own = zip(self.names, self._z[candidate], strict=True)
-        return "".join(f"; {name} times {math.exp(z):.3g}" for name, z in own if z)
+        values = self._values[candidate]
+        return "".join(f"; {name} {values.get(name, 1.0):.3g}" for name, z in own if z)
 
     def valley_of(self, cell_of: Sequence[int]) -> list[int]:
         """Numbers candidates of one cell at the same covariates alike: they differ in LR."""

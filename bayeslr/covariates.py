@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from numpy.typing import NDArray
 
+    from bayeslr.features import Design
+
     FloatArray = NDArray[np.float64]
 
 _BEST_COLUMNS = tuple(f"best_q{round(100 * q):02d}" for q in QUANTILES)
@@ -66,6 +68,37 @@ def covariate_draws(
                     values[:, i, k] = posterior.prior[parameter].draw(rng, len(kept))
         found[parameter] = values
     return found
+
+
+def log_ratio(design: Design, name: str, value: float | None, family: int) -> float:
+    """Ln of a covariate's value over the family's reference, as the fit would take it.
+
+    A multiplier that is not stated is 1, a weight decay the reference; none at all (0) counts as
+    `Design.covariate_least`.
+    """
+    at = family, design.covariates.index(name)
+    reference, least = (float(x[at]) for x in (design.covariate_reference, design.covariate_least))
+    if value is None:
+        value = reference if name == "weight_decay" else 1.0
+    return math.log(max(value, least) / reference)
+
+
+def lr_shifts(posterior: Posterior, targets: Sequence[Target],
+              values: Sequence[Mapping[str, float]], max_draws: int) -> FloatArray:  # fmt: skip
+    """Draws (draw, target) of what each target's covariates stand for in ln LR, by column."""
+    design = posterior.design
+    names = () if design is None else design.covariates
+    families = [family_of(posterior, target) for target in targets]
+    z = np.zeros((len(targets), len(names)))
+    for k, name in enumerate(names):
+        assert design is not None
+        z[:, k] = [
+            log_ratio(design, name, row.get(name), g or 0)
+            for row, g in zip(values, families, strict=True)
+        ]
+    order = list(dict.fromkeys(families))
+    shift = covariate_draws(posterior, names, order, max_draws)["covariate_shift"]
+    return np.asarray((shift[:, [order.index(g) for g in families]] * z).sum(axis=2))
 
 
 def best_values(

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import COVARIATES, SHAPE_KEYS, common_horizon, last_word
+from bayeslr.runs import SHAPE_KEYS, common_horizon, last_word
+from bayeslr.specs import COVARIATES
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -48,7 +49,8 @@ class Design:
     ln(n_active / n_total). Families: names in ``families``, ``parametrizations`` (family,).
     Covariates: names in ``covariates``, hyperparameters beside the LR that differ within some
     slice; ``covariate_of_run`` (run, covariate), natural log of each over what most runs of the
-    family have, ``covariate_reference`` (family, covariate).
+    family have, ``covariate_reference`` (family, covariate); ``covariate_least`` (family,
+    covariate) is the value that none at all is taken for: below some, an effect is nil.
     """
 
     slice_of_run: IntArray
@@ -71,6 +73,7 @@ class Design:
     covariates: tuple[str, ...]
     covariate_of_run: FloatArray
     covariate_reference: FloatArray
+    covariate_least: FloatArray
 
     @property
     def num_runs(self) -> int:
@@ -185,14 +188,15 @@ def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntA
 
 def _covariates(
     frame: pd.DataFrame, slice_of_run: IntArray, family_of_run: IntArray
-) -> tuple[tuple[str, ...], FloatArray, FloatArray]:
-    """``covariates``, ``covariate_of_run`` and ``covariate_reference`` of a `Design`.
+) -> tuple[tuple[str, ...], FloatArray, FloatArray, FloatArray]:
+    """``covariates``, ``covariate_of_run``, ``covariate_reference``, ``covariate_least`` of a
+    `Design`.
 
-    An LR multiplier that is not stated is 1, a weight decay the reference. The log of no weight
-    decay at all is that of a tenth of the family's least: below some value its effect is nil.
+    An LR multiplier that is not stated is 1, a weight decay the reference. No weight decay at all
+    counts as a tenth of the family's least.
     """
     num_families = int(family_of_run.max()) + 1
-    names, logs, references = [], [], []
+    names, logs, references, leasts = [], [], [], []
     for name in COVARIATES:
         values = frame[name].astype(float)
         if name != "weight_decay":
@@ -200,22 +204,25 @@ def _covariates(
         if values.groupby(slice_of_run).nunique().max() < 2:
             continue
         log, reference = np.zeros(len(frame)), np.ones(num_families)
+        least = np.ones(num_families)
         for g in range(num_families):
             mine = family_of_run == g
             own = values[mine]
-            least = own[own > 0].min() / 10 if (own > 0).any() else 1.0
-            own = own.where(own != 0, least)
-            # Of equally frequent ones the least, so that the order of rows does not matter.
-            reference[g] = next(iter(own.mode()), 1.0)
+            least[g] = own[own > 0].min() / 10 if (own > 0).any() else 1.0
+            own = own.where(own != 0, least[g])
+            modes = own.mode()  # ascending, so that the order of rows does not matter
+            reference[g] = modes[(len(modes) - 1) // 2] if len(modes) else 1.0
             log[mine] = np.log(own.fillna(reference[g]) / reference[g])
         names.append(name)
         logs.append(log)
         references.append(reference)
-    shape = len(names), len(frame)
+        leasts.append(least)
+    by_run, by_family = (len(names), len(frame)), (len(names), num_families)
     return (
         tuple(names),
-        np.array(logs).reshape(shape).T,
-        np.array(references).reshape(len(names), num_families).T,
+        np.array(logs).reshape(by_run).T,
+        np.array(references).reshape(by_family).T,
+        np.array(leasts).reshape(by_family).T,
     )
 
 
@@ -277,7 +284,7 @@ def build_design(table: RunTable) -> Design:
 
     trunk_of_run, order_of_run = _shared(frame, slice_of_run)
     family_of_run = family_of_shape[shape_of_cell[cell_of_slice[slice_of_run]]]
-    covariates, covariate_of_run, covariate_reference = _covariates(
+    covariates, covariate_of_run, covariate_reference, covariate_least = _covariates(
         frame, slice_of_run, family_of_run
     )
     log_n_active = np.log(shapes["n_active"].to_numpy(dtype=float))
@@ -303,4 +310,5 @@ def build_design(table: RunTable) -> Design:
         covariates=covariates,
         covariate_of_run=covariate_of_run,
         covariate_reference=covariate_reference,
+        covariate_least=covariate_least,
     )

@@ -31,6 +31,9 @@ _FIRST_STEP = 0.2
 # How often a start is moved half way to the mode.
 _HALVINGS = 20
 
+# Least eigenvalue of a covariance of draws or gradients over its largest.
+_LEAST = 1e-8
+
 # What is kept of each transition.
 _STATISTICS = ("num_steps", "diverging", "accept_prob")
 _KEPT = ("z", "z_grad", *_STATISTICS)
@@ -141,9 +144,11 @@ def rounder(root: FloatArray, z: FloatArray, gradient: FloatArray) -> FloatArray
 
 
 def _root(matrix: FloatArray) -> FloatArray:
-    """Symmetric square root."""
+    """Symmetric square root. Eigenvalues far below the largest, which rounding hides, are raised:
+    a chain in a funnel has gradients of any size, and the root is to be inverted.
+    """
     scales, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return np.asarray((vectors * np.sqrt(np.maximum(scales, 0.0))) @ vectors.T)
+    return np.asarray((vectors * np.sqrt(np.maximum(scales, _LEAST * scales[-1]))) @ vectors.T)
 
 
 def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray, root: FloatArray,

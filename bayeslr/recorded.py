@@ -17,8 +17,8 @@ import pandas as pd
 
 from bayeslr.designs import slices_from_cheapest
 from bayeslr.errors import DataError, SpecError
-from bayeslr.runs import COVARIATES, RunTable, horizon
-from bayeslr.specs import LR_MULTIPLIER, WEIGHT_DECAY, RunSpec, Target
+from bayeslr.runs import RunTable, horizon
+from bayeslr.specs import COVARIATES, RunSpec, Target, covariate_arguments
 from bayeslr.units import format_quantity, train_flops
 
 if TYPE_CHECKING:
@@ -100,8 +100,6 @@ def _spec(row: Mapping[Any, Any]) -> RunSpec:
     numbers = {name: float(row[name]) for name in names}
     seq_len = numbers["seq_len"]
     stated = {name: numbers[name] for name in COVARIATES if math.isfinite(numbers[name])}
-    weight_decay = stated.pop("weight_decay", WEIGHT_DECAY)
-    multipliers = {name.removeprefix(LR_MULTIPLIER): value for name, value in stated.items()}
     schedule = row["schedule"]
     return RunSpec(
         run_id=str(row["run_id"]),
@@ -115,8 +113,7 @@ def _spec(row: Mapping[Any, Any]) -> RunSpec:
         seq_len=round(seq_len) if math.isfinite(seq_len) else 1,
         param_convention=str(row["param_convention"]),
         schedule=schedule if isinstance(schedule, str) else "cosine",
-        weight_decay=weight_decay,
-        options={"lr_multipliers": multipliers} if multipliers else {},
+        **covariate_arguments(stated),
     )
 
 

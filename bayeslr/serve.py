@@ -8,7 +8,8 @@
         -> {"chosen": [index, ...], "reasons": [...], "stop_reason": "...", "regret_now": nats,
             "verdict": "...", "set_aside": "..."}
     {"op": "predict", "runs": [...], "tables": [...], "prior": card, "seed": 1, "targets": [...]}
-        -> {"predictions": [row, ...], "verdict": "...", "trustworthy": true, "set_aside": "..."}
+        -> {"predictions": [row, ...], "covariates": [row, ...], "verdict": "...",
+            "trustworthy": true, "set_aside": "..."}
 
 ``runs`` are rows of the run table, ``tables`` files of them; ``set_aside`` says which of them broke
 its rules and do not count, and is empty as a rule. What went wrong is answered by
@@ -28,6 +29,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from bayeslr import acquire, predict, sampling
+from bayeslr.covariates import covariate_table
 from bayeslr.errors import BayeslrError, SpecError, UntrustworthyFit
 from bayeslr.posterior import Posterior
 from bayeslr.runs import RunTable, concat, first_reasons, make_table, read_runs
@@ -70,6 +72,7 @@ class Server:
         if op == "predict":
             return {
                 "predictions": predict.predict(posterior, targets),
+                "covariates": covariate_table(posterior, targets),
                 "verdict": verdict,
                 "trustworthy": posterior.trustworthy,
                 "set_aside": set_aside,

@@ -22,6 +22,11 @@ MODULE_GROUPS = ("embedding", "attention", "router", "expert_up", "expert_down",
 LR_MULTIPLIER = "lr_multiplier_"
 """Of the columns that hold the LR of a module group over the run's own."""
 
+LR_MULTIPLIERS = tuple(f"{LR_MULTIPLIER}{group}" for group in MODULE_GROUPS)
+
+COVARIATES = ("weight_decay", *LR_MULTIPLIERS)
+"""Columns of the hyperparameters beside the LR that runs of one slice may differ in."""
+
 WEIGHT_DECAY = 0.1
 """AdamW's, where a recipe states none."""
 
@@ -35,6 +40,21 @@ def covariate_columns(weight_decay: Value, multipliers: Mapping[str, Value]) -> 
     """Weight decay, and LR multipliers by module group, by column of the run table."""
     by_group = {f"{LR_MULTIPLIER}{group}": value for group, value in multipliers.items()}
     return {"weight_decay": weight_decay, **by_group}
+
+
+def covariate_arguments(columns: Mapping[str, float]) -> dict[str, Any]:
+    """Arguments of `RunSpec` for what is stated of `COVARIATES`: the inverse of the above."""
+    given: dict[str, Any] = {}
+    if "weight_decay" in columns:
+        given["weight_decay"] = columns["weight_decay"]
+    by_group = {
+        name.removeprefix(LR_MULTIPLIER): columns[name]
+        for name in LR_MULTIPLIERS
+        if name in columns
+    }
+    if by_group:
+        given["options"] = {"lr_multipliers": by_group}
+    return given
 
 
 def _require(condition: bool, message: str) -> None:

@@ -13,16 +13,18 @@ from typer.testing import CliRunner
 
 from bayeslr import acquire, laws
 from bayeslr.cli import app
-from bayeslr.covariates import covariate_table
+from bayeslr.covariates import covariate_table, log_ratio
 from bayeslr.errors import SpecError
 from bayeslr.features import Design, build_design
+from bayeslr.loop.early import early_ends
 from bayeslr.models import two_stage
 from bayeslr.models.simulate import PlannedSlice, simulate
 from bayeslr.posterior import Posterior, load
 from bayeslr.predict import predict, prior_posterior
 from bayeslr.priors import PER_COVARIATE, Prior, load_prior
 from bayeslr.report import report
-from bayeslr.runner_protocol import spec_row
+from bayeslr.report.stability import octaves_below, slice_edges
+from bayeslr.runner_protocol import Trial, spec_row
 from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import fit
 from bayeslr.space import (
@@ -142,6 +144,50 @@ def test_the_best_value_is_found_and_the_lr_is_that_of_the_reference(told: Poste
     assert known["lr_q05"] / 1.1 < true < known["lr_q95"] * 1.1
 
 
+def test_a_stop_is_judged_at_the_covariates_of_the_run(told: Posterior) -> None:
+    """At four times the multiplier the best LR of the slice is lower by 4 ** SHIFT."""
+    best = math.exp(true_log_lr(SIZES[0], TOKENS[0], BATCHES[0]))
+    stopped = []
+    for name, lr, options in (
+        ("plain", best, {}), ("plain-low", best / 4**SHIFT, {}),
+        ("router", best, {"lr_multipliers": {"router": 4.0}}),
+        ("router-low", best / 4**SHIFT, {"lr_multipliers": {"router": 4.0}}),
+    ):  # fmt: skip
+        run = dataclasses.replace(offered(0.0).spec, run_id=name, lr=lr, options=options)
+        seen = {**spec_row(run), "tokens": run.tokens / 2, "loss": 3.0, "status": "pruned"}
+        stopped.append(Trial(number=0, spec=run, state="pruned", flops=1.0, records=[seen]))
+    assert early_ends(stopped, told).wrongful == ("plain", "router-low")
+
+
+def test_the_report_says_how_far_below_the_edge_a_run_off_the_reference_was(
+    told: Posterior,
+) -> None:
+    edges = slice_edges(told)
+    assert edges is not None
+    assert told.design is not None
+    octaves = octaves_below(told, edges)
+    plain = (edges[:, told.design.slice_of_run] - told.design.log_lr) / math.log(2.0)
+    at = told.design.at_reference
+    np.testing.assert_array_equal(octaves[:, at], plain[:, at])
+    # A higher multiplier stands for a higher LR: the edge is nearer by SHIFT z.
+    nearer = (plain - octaves)[1, ~at] * math.log(2.0)
+    wanted = SHIFT * told.design.covariate_of_run[~at, 0]
+    np.testing.assert_allclose(nearer, wanted, atol=0.2)
+
+
+def test_no_weight_decay_at_all_can_be_a_candidate(posterior: Posterior) -> None:
+    pool = [
+        dataclasses.replace(c, spec=dataclasses.replace(c.spec, run_id=f"{c.spec.run_id}{w}",
+                                                        weight_decay=w))
+        for c in (offered(-0.7), offered(0.7)) for w in (0.1, 0.03, 0.0)
+    ]  # fmt: skip
+    plan = acquire.choose(posterior, pool, [target()], num_runs=6, budget_flops=1e18, seed=1,
+                          only_paying=False)  # fmt: skip
+    assert {p.spec.weight_decay for p in plan.proposals} >= {0.0}
+    none = log_ratio(designed(0.1, 0.1, 0.3), "weight_decay", 0.0, 0)
+    assert none == pytest.approx(math.log(0.1))
+
+
 def test_a_family_that_was_not_seen_has_no_row(told: Posterior) -> None:
     assert covariate_table(told, [target(family="other")]).empty
 
@@ -254,7 +300,7 @@ def test_what_is_not_known_of_a_multiplier_is_worth_a_run(posterior: Posterior) 
     before = tried.regret()
     tried.observe(2)
     assert tried.regret() < before - 0.5 * falls[2]
-    assert "lr_multiplier_router times 4" in tried.changed(2)
+    assert "lr_multiplier_router 4" in tried.changed(2)
 
 
 def test_a_card_alone_can_choose_among_multipliers() -> None:
@@ -263,7 +309,7 @@ def test_a_card_alone_can_choose_among_multipliers() -> None:
         prior_posterior("moe-default"), pool, [target()], num_runs=6, budget_flops=1e18, seed=1,
         only_paying=False,
     )  # fmt: skip
-    assert any("router times 4" in p.reason for p in plan.proposals)
+    assert any("router 4" in p.reason for p in plan.proposals)
     assert plan.regret_after < plan.regret_now
 
 

@@ -45,3 +45,12 @@ def test_chains_that_never_moved_leave_the_coordinates_alone() -> None:
     still = np.zeros((20, 3))
     root = rounder(np.eye(3), still, still)
     np.testing.assert_array_equal(root, np.eye(3))
+
+
+def test_gradients_of_any_size_leave_coordinates_that_can_be_inverted() -> None:
+    """As from a chain at the mouth of a funnel: a few directions a million times as steep."""
+    rng = np.random.default_rng(0)
+    draws = rng.normal(size=(200, 300))
+    steep = 1e6 * rng.standard_t(1.5, size=(200, 3)) @ rng.normal(size=(3, 300))
+    root = rounder(np.eye(300), draws, steep - draws)
+    assert np.linalg.cond(root) < 1e5

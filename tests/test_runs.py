@@ -587,6 +587,31 @@ def test_a_diverged_run_belongs_to_the_slice_it_was_planned_for() -> None:
     assert (facts["slices"], facts["lrs_per_slice"]) == (1, [2.0, 2.0])
 
 
+def decayed(*pairs: tuple[float, float], **changes: Any) -> list[dict[str, Any]]:
+    """Runs of one slice by LR and weight decay."""
+    return [
+        run(run_id=f"w{i}{changes}", lr=lr, weight_decay=w, **changes)
+        for i, (lr, w) in enumerate(pairs)
+    ]
+
+
+def test_what_differs_beside_the_lr_is_described_and_what_it_cannot_tell() -> None:
+    usual = [(lr, 0.1) for lr in (5e-4, 1e-3, 2e-3)]
+    one_lr = decayed(*usual, (1e-3, 0.3), (1e-3, 0.03))
+    family = describe(make_table(one_lr))["families"][0]
+    assert family["covariates"] == {"weight_decay": [0.03, 0.1, 0.3]}
+    assert "weight_decay differs (0.03 to 0.3) within slices, with one LR at each" in told(one_lr)
+    assert "weight_decay" not in told(decayed(*usual, (1e-3, 0.3), (5e-4, 0.3)))
+
+    between = decayed(*usual) + decayed(*((lr, 0.2) for lr, _ in usual), tokens=4e9)
+    assert describe(make_table(between))["families"][0]["covariates"] == {}
+    assert "weight_decay differs (0.1 to 0.2) between slices and within none" in told(between)
+
+    stated = [run(run_id="m", lr_multiplier_router=4.0), run(run_id="n", lr=2e-3)]
+    family = describe(make_table(stated))["families"][0]
+    assert family["covariates"] == {"lr_multiplier_router": [1.0, 4.0]}
+
+
 def test_describe_is_json() -> None:
     facts = describe(make_table([*sweep(), run(run_id="l", status="lost", loss=None)]))
     json.dumps(facts, allow_nan=False)

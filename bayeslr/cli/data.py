@@ -280,5 +280,8 @@ def _family_lines(family: dict[str, Any]) -> str:
         text = (lambda x: f"{x:.4g}") if name in ("lr", "loss") else format_quantity
         low, high = family[name]
         lines.append(f"  {name}: {text(low)}" + (f" to {text(high)}" if high > low else ""))
+    for name, values in family["covariates"].items():
+        shown = ", ".join(f"{v:.4g}" for v in values[:8]) + (", ..." if len(values) > 8 else "")
+        lines.append(f"  {name}, within slices: {shown}")
     lines.append(f"  compute: {format_quantity(family['flops'])} FLOPs")
     return "\n".join(lines)

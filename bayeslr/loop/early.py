@@ -122,7 +122,7 @@ def _loss_at(curve: Sequence[tuple[float, float]], tokens: float) -> float | Non
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EarlyEnds:
     """Runs that were stopped early. FLOPs saved and spent by them; ``wrongful``: ids of those whose
-    LR lies in the 90 % interval of their slice's optimum, by the last fit.
+    LR lies in the 90 % interval of their slice's optimum at their covariates, by the last fit.
     """
 
     runs: tuple[str, ...]
@@ -160,6 +160,7 @@ def early_ends(trials: Sequence[Trial], posterior: Posterior | None = None) -> E
 def _wrongful(stopped: Sequence[Trial], posterior: Posterior) -> tuple[str, ...]:
     import numpy as np
 
+    from bayeslr.covariates import lr_shifts
     from bayeslr.predict import target_draws
     from bayeslr.specs import Target
 
@@ -171,7 +172,9 @@ def _wrongful(stopped: Sequence[Trial], posterior: Posterior) -> tuple[str, ...]
         )
         for t in stopped
     ]  # fmt: skip
-    low, high = np.quantile(target_draws(posterior, slices).log_lr, [0.05, 0.95], axis=0)
+    best = target_draws(posterior, slices).log_lr
+    best = best - lr_shifts(posterior, slices, [t.spec.covariates for t in stopped], len(best))
+    low, high = np.quantile(best, [0.05, 0.95], axis=0)
     log_lr = np.log([t.spec.lr for t in stopped])
     inside = (low <= log_lr) & (log_lr <= high)
     return tuple(t.spec.run_id for t, wrong in zip(stopped, inside, strict=True) if wrong)

@@ -134,7 +134,7 @@ def training(posterior: Posterior, log_edge: FloatArray | None) -> dict[str, Any
     recorded = courses(frame)
     away = None  # octaves of each run below the edge, (quantile, run)
     if log_edge is not None:
-        away = (log_edge[:, design.slice_of_run] - design.log_lr) / math.log(2.0)
+        away = octaves_below(posterior, log_edge)
     if not recorded and away is None:
         return None
     first, more = _figures(recorded)
@@ -163,6 +163,20 @@ def slice_edges(posterior: Posterior) -> FloatArray | None:
     draws = posterior.thinned(_NUM_DRAWS)
     log_edge = pointwise.log_edge(posterior, np.arange(design.num_slices), draws)
     return np.asarray(np.quantile(log_edge, EDGE_QUANTILES, axis=0))
+
+
+def octaves_below(posterior: Posterior, log_edge: FloatArray) -> FloatArray:
+    """Quantiles (quantile, run) of the octaves from each run's LR up to its slice's edge."""
+    design = posterior.design
+    assert design is not None
+    below = log_edge[:, design.slice_of_run] - design.log_lr
+    off = np.flatnonzero(~design.at_reference)
+    if len(off):  # part of what stands for their LR is in the covariates
+        draws = posterior.thinned(_NUM_DRAWS)
+        logit = pointwise.run_draws(posterior, off, draws).logit
+        own = -logit * posterior.flat("edge_width")[draws][:, None]
+        below[:, off] = np.quantile(own, EDGE_QUANTILES, axis=0)
+    return np.asarray(below / math.log(2.0))
 
 
 def lr_colours(lr: Sequence[float]) -> tuple[list[int], list[tuple[Any, str]]]:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 from bayeslr.specs import (
-    LR_MULTIPLIER,
-    MODULE_GROUPS,
+    LR_MULTIPLIERS,
     PARAM_CONVENTIONS,
     SCHEDULES,
     WEIGHT_DECAY_KINDS,
@@ -16,11 +15,6 @@ from bayeslr.specs import (
 
 STATUSES = ("ok", "partial", "diverged", "failed", "lost", "pruned")
 ARCHITECTURES = ("dense", "moe")
-
-# LR of a module group over the run's own.
-LR_MULTIPLIERS = tuple(f"{LR_MULTIPLIER}{group}" for group in MODULE_GROUPS)
-# Hyperparameters beside the LR that runs of one slice may differ in.
-COVARIATES = ("weight_decay", *LR_MULTIPLIERS)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

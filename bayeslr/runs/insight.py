@@ -11,6 +11,7 @@ import pandas as pd
 from bayeslr.runs.additions import cheapest_addition
 from bayeslr.runs.columns import SHAPE_KEYS
 from bayeslr.runs.table import RunTable, common_horizon, last_word, lr_group, total_flops
+from bayeslr.specs import COVARIATES
 from bayeslr.units import format_lr, format_quantity
 
 
@@ -55,6 +56,11 @@ def describe(table: RunTable) -> dict[str, Any]:
                 "batch_tokens": _span(rows["batch_tokens"]),
                 "lr": _span(rows["lr"]),
                 "loss": _span(rows["loss"]),
+                "covariates": {
+                    name: [float(v) for v in sorted(set(_values(told, name).dropna()))]
+                    for name in COVARIATES
+                    if _differs(_values(told, name), told["slice"])
+                },
                 "flops": total_flops(rows),
             }
         )
@@ -94,7 +100,11 @@ def _blind_spots(rows: pd.DataFrame) -> list[str]:
             ]
         return ["no run has a loss: the fit would only repeat the prior"]
     cells = measured.drop_duplicates(["cell", "batch_tokens"])
-    told = [*_scale_blind_spots(cells), *_lr_blind_spots(rows, measured)]
+    told = [
+        *_scale_blind_spots(cells),
+        *_lr_blind_spots(rows, measured),
+        *_covariate_blind_spots(measured),
+    ]
     if not (rows["status"] == "diverged").any():
         told.append("no run diverged: where divergence begins is the prior's")
     return told
@@ -207,6 +217,43 @@ def _lr_blind_spots(rows: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
                 f"in {len(at)} of {len(wide)} slices the best LR is the {edge} that was tried: the "
                 f"optimum may lie {side}; try {side} LRs there, first {format_lr(lr)} at "
                 f"{_place(first)}"
+            )
+    return told
+
+
+def _values(rows: pd.DataFrame, name: str) -> pd.Series[float]:
+    """Values (row,) of a covariate; an LR multiplier that is not stated is 1."""
+    values = rows[name].astype(float)
+    return values if name == "weight_decay" else values.fillna(1.0)
+
+
+def _differs(values: pd.Series[float], group: pd.Series[int]) -> bool:
+    """Whether values (row,) differ within any group."""
+    return len(values) > 0 and int(values.groupby(group).nunique().max()) > 1
+
+
+def _covariate_blind_spots(measured: pd.DataFrame) -> list[str]:
+    """What cannot be told of weight decay and LR multipliers that are not the same everywhere."""
+    told = []
+    for name in COVARIATES:
+        values = _values(measured, name)
+        if values.nunique() < 2:
+            continue
+        tried = f"{name} differs ({values.min():.3g} to {values.max():.3g})"
+        if not _differs(values, measured["slice"]):
+            told.append(
+                f"{tried} between slices and within none: what it does to the LR passes for an "
+                "effect of size, tokens or batch, and LRs hold for targets whose value follows the "
+                "runs'; try 2 LRs at another value in one slice"
+            )
+            continue
+        usual = values.mode().iloc[0]
+        off = measured[values.notna() & (values != usual)]
+        if int(off.groupby(["slice", values[off.index]])["lr_code"].nunique().max()) < 2:
+            told.append(
+                f"{tried} within slices, with one LR at each value but the usual {usual:.3g}: how "
+                "much of what it does is a shift of the best LR is the prior's; try a second LR at "
+                "one of these values"
             )
     return told
 

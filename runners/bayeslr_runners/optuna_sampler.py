@@ -10,8 +10,10 @@
 
 What a run is (`ATTRIBUTES`) comes, the first that has it, from the trial's user attributes (set by
 the objective, ``trial.set_user_attr("n_active", ...)``), from ``describe(params)``, from parameters
-of the same name. Runs that are proposed have no user attributes yet: for them the last two count,
-then the attributes that all trials so far agree on.
+of the same name. So does what else is known of it (`OPTIONAL`), of which weight decay and the LR
+multipliers of module groups are covariates of the law: as parameters they are chosen like the LR,
+and `predict` tells their best values. Runs that are proposed have no user attributes yet: for them
+the last two count, then the attributes that all trials so far agree on.
 
 The state is the study alone, and random numbers are keyed by (seed, trial number): a study that is
 resumed, by any process, goes on as if it had never stopped. Inference runs in a child process, so
@@ -50,14 +52,15 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from bayeslr.errors import SpecError
-from bayeslr.specs import RunSpec
+from bayeslr.specs import COVARIATES, RunSpec, covariate_arguments
 from bayeslr.units import train_flops
 
 ATTRIBUTES = ("n_active", "n_total", "tokens", "batch_tokens")
 """What must be known of every run: parameters and tokens."""
 
 OPTIONAL = ("family", "seq_len", "param_convention", "optimizer", "schedule", "parametrization",
-            "d_model", "n_layers", "n_experts", "top_k", "loss_se", "status")  # fmt: skip
+            "d_model", "n_layers", "n_experts", "top_k", "loss_se", "status",
+            *COVARIATES)  # fmt: skip
 
 _ASSUMED = {"family": "study", "param_convention": "non_embedding"}
 _MAX_CANDIDATES = 5000
@@ -256,14 +259,21 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         """Predictions table of the targets from the study's runs.
 
         Each row says by ``trustworthy`` and ``verdict`` whether the fit passed its gate; where it
-        did not, the log warns. Raises: SpecError.
+        did not, the log warns. ``covariates`` of a row lists what the study varied beside the LR,
+        as `bayeslr.Posterior.covariates` does. Raises: SpecError.
         """
         _require_loss(study)
         reply = self._ask({"op": "predict", **self._request(study.get_trials(deepcopy=False))})
         told = {name: reply[name] for name in ("trustworthy", "verdict")}
         if not told["trustworthy"]:
             _logger.warning(f"this prediction is not to be relied on. {told['verdict']}")
-        return [{**row, **told} for row in reply["predictions"]]
+        beside: dict[str, list[dict[str, Any]]] = {}
+        for row in reply["covariates"]:
+            beside.setdefault(row["target_id"], []).append(row)
+        return [
+            {**row, "covariates": beside.get(row["target_id"], []), **told}
+            for row in reply["predictions"]
+        ]
 
     # --------------------------------------------------------------------------- inside
 
@@ -380,6 +390,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
             run_id="candidate", family=str(known["family"]), runner="optuna",
             lr=float(params[self._lr]), param_convention=str(known["param_convention"]),
             schedule="cosine", **{name: round(known[name]) for name in (*ATTRIBUTES, "seq_len")},
+            **covariate_arguments({n: known[n] for n in COVARIATES if known.get(n) is not None}),
         )  # fmt: skip
         document: dict[str, Any] = json.loads(spec.to_json())
         return document
@@ -393,6 +404,11 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
                     f"{where} {found} {name} (a number > 0); set it as a user attribute of the "
                     "trial, return it from describe, or make it a parameter"
                 )
+        for name in COVARIATES:
+            value = known.get(name)
+            if not (value is None or _positive(value) or (name == "weight_decay" and value == 0)):
+                least = ">= 0" if name == "weight_decay" else "> 0"
+                raise SpecError(f"{where} has {value!r} for {name} (a number {least})")
 
     def _key(self, params: Mapping[str, Any], space: Mapping[str, BaseDistribution]) -> str:
         shown = {
@@ -538,7 +554,8 @@ def _allowed(
 class ValleyPruner(BasePruner):  # type: ignore[misc]
     """Stops runs that the valley has no use for: far up its side, with nearer runs on theirs.
 
-    A run is stopped at a step if, in its slice (same `ATTRIBUTES`) and at the same step, its loss
+    A run is stopped at a step if, in its slice (same `ATTRIBUTES` and covariates: weight decay, LR
+    multipliers) and at the same step, its loss
     is more than ``excess`` nats above the best, and at least ``min_lrs`` other LRs have been seen
     there, one of them on its own side of the best and nearer to it. So the best run and its
     neighbours in LR always finish. A loss that is not finite ends the run at once. The default
@@ -586,4 +603,4 @@ class ValleyPruner(BasePruner):  # type: ignore[misc]
 
     def _slice(self, trial: FrozenTrial) -> tuple[Any, ...]:
         known = {**trial.params, **_described(self._describe, trial.params), **trial.user_attrs}
-        return tuple(known.get(name) for name in ATTRIBUTES)
+        return tuple(known.get(name) for name in (*ATTRIBUTES, *COVARIATES))

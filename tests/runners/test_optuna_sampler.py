@@ -30,7 +30,7 @@ for line in sys.stdin:
     r = json.loads(line)
     if r["op"] == "predict":
         print(json.dumps({"predictions": [{"target_id": t["target_id"], "lr": 1e-3}
-                                          for t in r["targets"]],
+                                          for t in r["targets"]], "covariates": [],
                           "verdict": "fine", "trustworthy": True, "set_aside": ""}), flush=True)
         continue
     top = max(c["n_active"] for c in r["candidates"])
@@ -122,7 +122,13 @@ def test_user_attributes_say_what_a_run_was() -> None:
     class Child:
         def ask(self, request: Any) -> dict[str, Any]:
             sent.append(request)
-            return {"predictions": [], "verdict": "", "trustworthy": True, "set_aside": ""}
+            return {
+                "predictions": [],
+                "covariates": [],
+                "verdict": "",
+                "trustworthy": True,
+                "set_aside": "",
+            }
 
     made = sampler(describe=None)
     made._child = Child()  # type: ignore[assignment]
@@ -144,6 +150,50 @@ def test_user_attributes_say_what_a_run_was() -> None:
     assert [r["n_active"] for r in rows] == [1e6, 2e6, 3e6]
     assert [r["status"] for r in rows] == ["ok", "diverged", "ok"]
     assert rows[1]["loss"] is None
+
+
+def test_weight_decay_and_lr_multipliers_are_known_of_runs_and_of_proposals() -> None:
+    sent: list[Any] = []
+
+    class Child:
+        def ask(self, request: Any) -> dict[str, Any]:
+            sent.append(request)
+            return {
+                "chosen": [0], "reasons": ["told"], "set_aside": "", "verdict": "",
+                "trustworthy": True, "predictions": [{"target_id": "target1"}],
+                "covariates": [{"target_id": "target1", "covariate": "weight_decay"}],
+            }  # fmt: skip
+
+    made = sampler(num_startup_trials=2)
+    made._child = Child()  # type: ignore[assignment]
+    s = study(None, made)
+
+    def decayed(trial: optuna.Trial) -> float:
+        trial.suggest_float("weight_decay", 0.0, 0.4)
+        trial.suggest_categorical("lr_multiplier_router", [0.5, 2.0])
+        return objective(trial)
+
+    s.optimize(decayed, n_trials=3)
+    request = sent[0]
+    for row, p in zip(request["runs"], params(s), strict=False):
+        assert row["weight_decay"] == p["weight_decay"]
+        assert row["lr_multiplier_router"] == p["lr_multiplier_router"]
+    specs = request["candidates"]
+    assert {round(c["weight_decay"], 9) for c in specs} == {0.0, 0.1, 0.2, 0.3, 0.4}
+    multipliers = [c["options"]["lr_multipliers"] for c in specs]
+    assert {m["router"] for m in multipliers} == {0.5, 2.0}
+    assert s.trials[2].user_attrs["reason"] == "told"
+    (row,) = made.predict(s)
+    assert row["covariates"] == [{"target_id": "target1", "covariate": "weight_decay"}]
+
+
+@pytest.mark.parametrize("value", [-0.1, "much", math.nan])
+def test_a_weight_decay_that_is_none_is_named(value: Any) -> None:
+    made = sampler(num_startup_trials=1, describe=lambda p: {**describe(p), "weight_decay": value})
+    s = study(None, made)
+    s.optimize(objective, n_trials=2)
+    assert "for weight_decay (a number >= 0)" in s.trials[1].user_attrs["reason"]
+    made.close()
 
 
 def test_a_study_can_be_imported_by_what_its_runs_were_taken_for(tmp_path: Path) -> None:
@@ -448,8 +498,8 @@ def test_doubts_about_a_prediction_are_told(
 ) -> None:
     """A fit that failed its gate each time, the same rows set aside once."""
     doubted = {
-        "predictions": [{"lr": 1e-3}], "trustworthy": False, "verdict": "Do not trust it.",
-        "set_aside": "1 row: too few tokens",
+        "predictions": [{"target_id": "a", "lr": 1e-3}], "covariates": [], "trustworthy": False,
+        "verdict": "Do not trust it.", "set_aside": "1 row: too few tokens",
     }  # fmt: skip
     made = sampler(describe=one_model)
     monkeypatch.setattr(made._child, "ask", lambda request: doubted)
@@ -534,7 +584,7 @@ def test_the_example_of_the_docs_runs(tmp_path: Path, root: Path) -> None:
 # ------------------------------------------------------------------------------- pruner
 
 
-def prune_study(losses: dict[float, float]) -> optuna.Study:
+def prune_study(losses: dict[float, float], **attributes: float) -> optuna.Study:
     s = optuna.create_study(pruner=ValleyPruner())
     for lr, loss in losses.items():
         s.add_trial(
@@ -542,6 +592,7 @@ def prune_study(losses: dict[float, float]) -> optuna.Study:
                 params={"lr": lr},
                 distributions={"lr": optuna.distributions.FloatDistribution(1e-5, 1.0, log=True)},
                 value=loss, intermediate_values={10: loss}, state=TrialState.COMPLETE,
+                user_attrs=attributes,
             )
         )  # fmt: skip
     return s
@@ -564,6 +615,15 @@ def test_only_runs_that_the_valley_has_no_use_for_are_stopped(
     trial = s.ask({"lr": optuna.distributions.FloatDistribution(lr, lr * 1.0001, log=True)})
     trial.report(loss, step=10)
     assert trial.should_prune() is stopped
+
+
+def test_runs_at_another_weight_decay_are_another_valley() -> None:
+    s = prune_study({1e-3: 2.1, 3e-3: 2.0, 1e-2: 2.1, 3e-4: 2.2}, weight_decay=0.1)
+    for weight_decay, stopped in ((0.3, False), (0.1, True)):
+        trial = s.ask({"lr": optuna.distributions.FloatDistribution(3e-2, 3.1e-2, log=True)})
+        trial.set_user_attr("weight_decay", weight_decay)
+        trial.report(2.5, step=10)
+        assert trial.should_prune() is stopped
 
 
 def test_with_few_lrs_nothing_is_stopped() -> None:
