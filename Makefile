@@ -7,6 +7,8 @@ VENV ?= .venv
 OUT ?= quickstart-out
 ARGS ?=
 BIN := $(VENV)/bin
+# A worker a core; the tests of a file stay together, for they share fits. ARGS="-n 0" is without.
+PARALLEL := -n auto --dist loadfile
 STAMP := $(VENV)/.installed
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -49,10 +51,10 @@ quickstart: $(STAMP)  ## Train proxies here, predict a larger one, check it, wri
 	@$(BIN)/bayeslr quickstart --out $(OUT)
 
 test: $(STAMP)  ## The default tests (about 12 minutes)
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP)  ## Everything: also the slow tests, calibration and the notebooks
-	$(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu" $(ARGS)
 
 lint: $(STAMP)  ## Ruff: rules and format
 	$(BIN)/ruff check

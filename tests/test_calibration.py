@@ -236,6 +236,7 @@ def test_a_twin_is_not_told_what_rows_share(card: Prior) -> None:
     np.testing.assert_array_equal(np.sort(told.loss), np.sort(apart.loss))
 
 
+@pytest.mark.calibration
 def test_least_squares_is_judged_by_its_lr_alone() -> None:
     """Its intervals are too narrow: 60 simulated tables tell so."""
     found = calibrate("moe-default", num_tables=60, num_runs=60, seed=1, model="two-stage")

@@ -106,6 +106,7 @@ def test_one_size_only_says_whose_the_exponent_is(card: Prior) -> None:
     assert not any("one model size" in note for note in two.info["identifiability"])
 
 
+@pytest.mark.slow
 def test_the_search_ends_near_a_mode_where_runs_are_few() -> None:
     """Three LRs a slice: with the noise's slopes free, or one search, it ended 800 nats away."""
     card = load_prior("no-steplaw")
