@@ -20,7 +20,7 @@ from bayeslr.errors import SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
 from bayeslr.models.compiled import CompiledModel, compiled_model
-from bayeslr.nuts import sample
+from bayeslr.nuts import prepare, sample
 from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
 from bayeslr.priors import OUTPUTS, Prior, load_prior
 from bayeslr.runs import RunTable
@@ -56,6 +56,8 @@ _STEP = {
     "covariate_n_active_slope": 0.002,
 }  # fmt: skip
 
+# Scales between groups mix slowly where groups are few; there draws are cheap as well.
+_FEW_RUNS = 200
 
 # L-BFGS stalls on thin tables and gets on when begun anew: so often, while it gains so many nats.
 _SEARCHES, _LEAST_GAIN = 4, 1.0
@@ -330,8 +332,9 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
 
     method: ``bayes`` (the hierarchical valley model) or ``two-stage`` (the classical Fitting
     paradigm). fast: a refit inside a loop: padded sizes, so that the compilation is shared between
-    tables, and fewer draws. num_draws: a chain, at least; the chains go on to eight times as many
-    until the convergence gate is passed. The result's ``info["verdict"]`` says whether it was.
+    tables, and fewer draws. num_draws: a chain, at least; the chains go on to eight times as many,
+    sixteen where runs are few, until the convergence gate is passed. ``info["verdict"]`` of the
+    result says whether it was.
     Raises: DataError if no run can be used, SpecError for an unknown method or card, or a count
     that is too small, UntrustworthyFit where the sampler finds nowhere to begin.
     """
@@ -362,9 +365,10 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
         num_warmup, num_draws = min(num_warmup, 200), min(num_draws, 300)
     gate = LOOP_GATE if fast else REPORT_GATE
     show = _shown if progress else _unseen
+    patience = 8 if design.num_runs > _FEW_RUNS else 16
     draws, statistics = sample_design(
         design, card, sizes=sizes, gate=gate, seed=seed, num_warmup=num_warmup,
-        num_draws=num_draws, num_chains=num_chains, max_rounds=4 if fast else 8,
+        num_draws=num_draws, num_chains=num_chains, max_rounds=4 if fast else patience,
         target_accept=0.8 if fast else 0.9, progress=show,
     )  # fmt: skip
     show("")
@@ -385,7 +389,7 @@ def _unseen(line: str) -> None:
 
 
 def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | None = None,
-                  gate: Gate, **how: Any,
+                  gate: Gate, num_chains: int, target_accept: float = 0.8, **how: Any,
                   ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
     """Draws of the valley model at a design, each (chain, draw, ...), and the sampler's statistics.
 
@@ -395,10 +399,13 @@ def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | Non
     own = valley.sizes_of(design)
     arrays = valley.model_data(design, sizes)
     compiled = compiled_model(arrays, card, own["family"])
+    # The chains are compiled while their start is sought: a cold fit waits for the longer of both.
+    prepare(compiled, tuple(arrays.values()), num_chains, target_accept)
     arrays, mode, root = _preconditioned(compiled, arrays, card)
     draws, statistics = sample(
-        compiled, arrays, mode, root, enough=lambda draws: mixed(unpadded(draws, own), gate), **how
-    )
+        compiled, arrays, mode, root, num_chains=num_chains, target_accept=target_accept,
+        enough=lambda draws: mixed(unpadded(draws, own), gate), **how,
+    )  # fmt: skip
     return unpadded(draws, own), statistics
 
 
