@@ -6,7 +6,6 @@ coordinates from draws and their gradients together, and one compilation for all
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from bayeslr.errors import UntrustworthyFit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from concurrent.futures import Future
 
     from numpy.typing import NDArray
 
@@ -49,8 +47,7 @@ class _Chains:
         import jax
 
         self.compiled, self.data, self.num_chains = compiled, data, num_chains
-        self._begin, compiling = prepare(compiled, data, num_chains, target_accept)
-        self._advance = compiling.result()
+        self._begin, self._advance = _transitions(compiled, num_chains, target_accept)
         self._key = jax.random.PRNGKey(seed)
         self._state: Any = None
 
@@ -87,13 +84,11 @@ class _Chains:
         return np.asarray(-window["z_grad"] @ np.linalg.inv(self.root))
 
 
-def prepare(compiled: CompiledModel, data: Sequence[Any], num_chains: int,
-            target_accept: float) -> tuple[Any, Future[Any]]:  # fmt: skip
-    """``begin(key, z, energy, gradient, step, model)`` and, in time, ``advance(states, *model)``.
+def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float) -> tuple[Any, Any]:
+    """``begin(key, z, energy, gradient, step, model)`` and ``advance(states, *model)``.
 
     ``model`` is (centre, root, data). ``advance`` makes `WINDOW` transitions of every chain, the
-    first after ``begin`` adapting the step: warm-up, draws and more draws are one compilation. It
-    is compiled in a thread of its own, so that whoever needs it later may ask for it early.
+    first after ``begin`` adapting the step: warm-up, draws and more draws are one compilation.
     """
     import jax
     from numpyro.infer.hmc import hmc
@@ -123,19 +118,9 @@ def prepare(compiled: CompiledModel, data: Sequence[Any], num_chains: int,
         axes = (0, None, None, None)
         parallel = num_chains <= jax.local_device_count()
         advance = jax.pmap(window, in_axes=axes) if parallel else jax.jit(jax.vmap(window, axes))
-
-        def compile_window() -> Any:
-            still = np.zeros(compiled.size)
-            model = compiled.start, np.eye(compiled.size, dtype=np.float32), data
-            one = begin(jax.random.PRNGKey(0), still, 0.0, still, _FIRST_STEP, model)
-            states = jax.tree.map(lambda leaf: np.stack([leaf] * num_chains), one)
-            return advance.lower(states, *model).compile()
-
-        pool = ThreadPoolExecutor(1)
-        compiled.sampler[key] = begin, pool.submit(compile_window)
-        pool.shutdown(wait=False)
-    begin, compiling = compiled.sampler[key]
-    return begin, compiling
+        compiled.sampler[key] = begin, advance
+    begin, advance = compiled.sampler[key]
+    return begin, advance
 
 
 def rounder(root: FloatArray, z: FloatArray, gradient: FloatArray) -> FloatArray:

@@ -20,7 +20,7 @@ from bayeslr.errors import SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
 from bayeslr.models.compiled import CompiledModel, compiled_model
-from bayeslr.nuts import prepare, sample
+from bayeslr.nuts import sample
 from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
 from bayeslr.priors import OUTPUTS, Prior, load_prior
 from bayeslr.runs import RunTable
@@ -389,7 +389,7 @@ def _unseen(line: str) -> None:
 
 
 def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | None = None,
-                  gate: Gate, num_chains: int, target_accept: float = 0.8, **how: Any,
+                  gate: Gate, **how: Any,
                   ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
     """Draws of the valley model at a design, each (chain, draw, ...), and the sampler's statistics.
 
@@ -399,13 +399,10 @@ def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | Non
     own = valley.sizes_of(design)
     arrays = valley.model_data(design, sizes)
     compiled = compiled_model(arrays, card, own["family"])
-    # The chains are compiled while their start is sought: a cold fit waits for the longer of both.
-    prepare(compiled, tuple(arrays.values()), num_chains, target_accept)
     arrays, mode, root = _preconditioned(compiled, arrays, card)
     draws, statistics = sample(
-        compiled, arrays, mode, root, num_chains=num_chains, target_accept=target_accept,
-        enough=lambda draws: mixed(unpadded(draws, own), gate), **how,
-    )  # fmt: skip
+        compiled, arrays, mode, root, enough=lambda draws: mixed(unpadded(draws, own), gate), **how
+    )
     return unpadded(draws, own), statistics
 
 
