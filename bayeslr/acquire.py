@@ -25,7 +25,6 @@ from bayeslr.finishing import Finishing
 from bayeslr.pointwise import noise_parameters
 from bayeslr.posterior import Posterior
 from bayeslr.predict import (
-    TargetDraws,
     extra_tokens_share,
     family_of,
     target_draws,
@@ -439,16 +438,50 @@ def _noise_variance(posterior: Posterior, u: FloatArray, excess: FloatArray,
     return np.asarray(np.median(scale, axis=0) ** 2)
 
 
-def _worth(at: TargetDraws, targets: Sequence[Target], weights: FloatArray,
-           nats: FloatArray) -> FloatArray:  # fmt: skip
-    """FLOPs of the targets that nats (option, target) of regret stand for, each times its weight.
+class _Market:
+    """What each option costs, what it would save, and which can still be bought."""
 
-    at: the targets come first. Returns: (option,).
-    """
-    own = slice(len(targets))
-    at = replace(at, loss_tokens=at.loss_tokens[:, own], loss_exponent=at.loss_exponent[:, own])
-    share = extra_tokens_share(at, nats)
-    return np.asarray(share @ (weights * np.array([target.flops for target in targets])))
+    def __init__(self, beliefs: _Beliefs, candidates: Sequence[Candidate],
+                 targets: Sequence[Target], weight: FloatArray) -> None:  # fmt: skip
+        self.members, self._beliefs = beliefs.members, beliefs
+        self._target_flops = weight * np.array([target.flops for target in targets])
+        self._shares = weight / weight.sum()
+        flops = [candidate.flops for candidate in candidates]
+        self.cost = np.array([math.fsum(flops[i] for i in group) for group in self.members])
+        self._open = np.ones(len(self.members), dtype=bool)
+        # Buying a candidate closes each option that holds it, or another one with its trunk.
+        self._trunks = [i if c.trunk is None else c.trunk for i, c in enumerate(candidates)]
+        self._options_of: dict[Hashable, list[int]] = {}
+        for option, group in enumerate(self.members):
+            for i in group:
+                self._options_of.setdefault(self._trunks[i], []).append(option)
+
+    def within(self, left: float) -> NDArray[np.bool_]:
+        """Whether each option can still be bought for so many FLOPs (option,)."""
+        return np.asarray(self._open & (self.cost <= left))
+
+    def priced(self, left: float) -> tuple[FloatArray, FloatArray]:
+        """Fall of the targets' mean regret in nats, zero for what is not `within` ``left``, and the
+        FLOPs of the targets that it is worth, each (option,).
+        """
+        falls = self._beliefs.falls()
+        return np.where(self.within(left), falls @ self._shares, 0.0), self.worth(falls)
+
+    def best(self, gains: FloatArray) -> int:
+        """The option that gains most for its cost, to `_COST_POWER`."""
+        return int(np.argmax(gains / self.cost**_COST_POWER))
+
+    def worth(self, nats: FloatArray) -> FloatArray:
+        """FLOPs of the targets, by weight, that nats (option, target) of regret stand for."""
+        at, own = self._beliefs.at, slice(len(self._target_flops))  # the targets come first
+        parts = at.loss_tokens[:, own], at.loss_exponent[:, own]
+        at = replace(at, loss_tokens=parts[0], loss_exponent=parts[1])
+        return np.asarray(extra_tokens_share(at, nats) @ self._target_flops)
+
+    def buy(self, candidate: int) -> None:
+        """Close what holds a candidate, and expect its loss to be known."""
+        self._beliefs.observe(candidate)
+        self._open[self._options_of[self._trunks[candidate]]] = False
 
 
 def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
@@ -486,88 +519,68 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
             "method bayes"
         )
     weight = np.ones(len(targets)) if weights is None else np.asarray(weights, dtype=float)
-    shares = weight / weight.sum()
     if not candidates:
         return Plan(proposals=(), regret_now=math.nan, regret_after=math.nan,
                     stop_reason="every run of the space has been made")  # fmt: skip
-    beliefs = _Beliefs(posterior, candidates, targets, shares, seed)
-    flops = np.array([candidate.flops for candidate in candidates])
-    members = beliefs.members
-    cost = np.array([math.fsum(flops[list(group)]) for group in members])
-    open_ = np.ones(len(members), dtype=bool)
-    # Buying a candidate closes each option that holds it, or another one with its trunk.
-    trunks = [i if c.trunk is None else c.trunk for i, c in enumerate(candidates)]
-    options_of: dict[Hashable, list[int]] = {}
-    for option, group in enumerate(members):
-        for i in group:
-            options_of.setdefault(trunks[i], []).append(option)
+    beliefs = _Beliefs(posterior, candidates, targets, weight / weight.sum(), seed)
+    market = _Market(beliefs, candidates, targets, weight)
+    cost = market.cost
     regret_now = beliefs.regret()
     left = budget_flops
     proposals: list[Proposal] = []
     bought: list[tuple[int, set[int]]] = []  # with what was bought before and together
     stop_reason = f"{counted_past(num_runs, 'run')} asked for"
     while len(proposals) < num_runs:
-        possible = open_ & (cost <= left)
-        falls = beliefs.falls()
-        gains = np.where(possible, falls @ shares, 0.0)
+        gains, saves = market.priced(left)
         if not (gains > 0).any():
             stop_reason = (
-                "no run that is left would tell anything about the targets" if possible.any()
+                "no run that is left would tell anything about the targets"
+                if market.within(left).any()
                 else f"no run fits into the {format_quantity(left)} FLOPs that are left"
-            )  # fmt: skip
+            )
             break
-        saves = _worth(beliefs.at, targets, weight, falls)
         pays = (saves >= cost) | (not only_paying)
-        best = int(np.argmax(np.where(pays, gains / cost**_COST_POWER, -1.0)))
+        best = market.best(np.where(pays, gains, 0.0))
         if not (pays[best] and gains[best] > 0):
-            best = int(np.argmax(np.where(possible, saves / cost, 0.0)))
+            best = int(np.argmax(np.where(market.within(left), saves / cost, 0.0)))
             stop_reason = (
                 f"the best that is left would save an expected {format_quantity(saves[best])} "
                 f"FLOPs at the targets and costs {format_quantity(cost[best])}"
             )
             break
-        group, saves_flops = members[best], float(saves[best])
-        together = f"; {len(group)} LRs of one slice together" if len(group) > 1 else ""
+        group = market.members[best]
+        reason = (
+            f"lowers the expected regret at the targets by {gains[best]:.2g} nats, worth "
+            f"{format_quantity(saves[best])} FLOPs there, for {format_quantity(cost[best])}"
+        )
+        if len(group) > 1:
+            reason += f"; {len(group)} LRs of one slice together"
         # What is cut off here is proposed again by the next choice, if it still pays.
         for i in group[: num_runs - len(proposals)]:
-            spec = candidates[i].spec
-            again = "; again with another seed" if candidates[i].repeat else ""
-            again += beliefs.changed(i)
-            if spec.continues is not None:
-                at = format_quantity(spec.continues_at)
-                again += f"; goes on from {spec.continues} at {at} tokens"
             proposals.append(
                 Proposal(
-                    spec=spec,
-                    flops=float(flops[i]),
+                    spec=candidates[i].spec,
+                    flops=float(candidates[i].flops),
                     saves_nats=float(gains[best]) / len(group),
-                    saves_flops=saves_flops / len(group),
+                    saves_flops=float(saves[best]) / len(group),
                     p_diverge=float(beliefs.p_diverge[i]),
-                    reason=(
-                        f"lowers the expected regret at the targets by {gains[best]:.2g} nats, "
-                        f"worth {format_quantity(saves_flops)} FLOPs there, for "
-                        f"{format_quantity(cost[best])}{together}{again}"
-                    ),
+                    reason=reason + _peculiar(candidates[i]) + beliefs.changed(i),
                     repeat=candidates[i].repeat,
                 )
             )
             bought.append((i, {*group, *(j for j, _ in bought)} - {i}))
-            beliefs.observe(i)
-            left -= float(flops[i])
-            open_[options_of[trunks[i]]] = False
+            market.buy(i)
+            left -= candidates[i].flops
     if price_ends:
-        possible = open_ & (cost <= left + max((p.flops for p in proposals), default=0.0))
-        falls = beliefs.falls()
-        saves = _worth(beliefs.at, targets, weight, falls)
-        gains = np.where(possible, falls @ shares, 0.0)
-        best = int(np.argmax(gains / cost**_COST_POWER))
         # What stopping a run early leaves over buys the next best one, or is kept: then a FLOP is
         # worth a FLOP, unless the budget is to be spent in any case.
+        gains, saves = market.priced(left + max((p.flops for p in proposals), default=0.0))
+        best = market.best(gains)
         elsewhere = float(saves[best] / cost[best]) if gains[best] > 0 else 0.0
         proposals = [
             replace(proposal, finishing=_finishing(
                 beliefs, proposal, i, sorted(others), elsewhere, 1.0 if only_paying else 0.0,
-                lambda nats: _worth(beliefs.at, targets, weight, nats),
+                market.worth,
             ))
             for proposal, (i, others) in zip(proposals, bought, strict=True)
         ]  # fmt: skip
@@ -575,6 +588,15 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
         proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
         stop_reason=stop_reason,
     )  # fmt: skip
+
+
+def _peculiar(candidate: Candidate) -> str:
+    """What is peculiar to a candidate's run, as the end of a sentence."""
+    text = "; again with another seed" if candidate.repeat else ""
+    spec = candidate.spec
+    if spec.continues is not None:
+        text += f"; goes on from {spec.continues} at {format_quantity(spec.continues_at)} tokens"
+    return text
 
 
 def _finishing(beliefs: _Beliefs, proposal: Proposal, i: int, others: Sequence[int],

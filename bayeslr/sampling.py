@@ -378,6 +378,15 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     )
 
 
+def refit(runs: RunTable, prior: str | Prior, *, seed: int) -> Posterior:
+    """The fit that a loop steers by: `fit` with few draws and, if that fails, with all of them.
+
+    The result's ``trustworthy`` says whether either will do. Raises: as `fit`.
+    """
+    posterior = fit(runs, prior, seed=seed, fast=True)
+    return posterior if posterior.trustworthy else fit(runs, prior, seed=seed)
+
+
 def _shown(line: str) -> None:
     """Progress, written over the last line."""
     sys.stderr.write(f"\r\033[K{line}")

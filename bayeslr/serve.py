@@ -99,10 +99,8 @@ class Server:
             raise SpecError(f"prior must be the name of a card or the path of one, got {prior!r}")
         key = (table.data_hash, prior, seed)
         if self._posterior is None or key != self._key:
-            posterior = sampling.fit(table, prior, seed=seed, fast=True)
-            if not posterior.trustworthy:
-                posterior = sampling.fit(table, prior, seed=seed)
-            self._key, self._posterior = key, posterior
+            self._posterior = sampling.refit(table, prior, seed=seed)
+            self._key = key
         return self._posterior
 
 

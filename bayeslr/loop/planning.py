@@ -24,13 +24,11 @@ from bayeslr.space import (
     targets_of,
     weights_of,
 )
-from bayeslr.specs import Recipe, Target
+from bayeslr.specs import Recipe
 from bayeslr.units import format_flops, format_interval, format_lr, format_quantity
 
 if TYPE_CHECKING:
-    import pandas as pd
-
-    from bayeslr.posterior import Posterior
+    pass
 
 FAILED_STATES = ("failed", "lost")
 
@@ -136,9 +134,14 @@ class Planner:
     ) -> list[Due] | Stop:
         # JAX takes a second to load: a worker that never plans never pays it.
         from bayeslr.acquire import choose
+        from bayeslr.predict import predict
+        from bayeslr.sampling import refit
 
         targets = targets_of(recipe, self._runner)
-        posterior, predictions = _steering_fit(table_of(trials, recipe), recipe, targets)
+        posterior = refit(table_of(trials, recipe), recipe.prior, seed=recipe.seed)
+        if not posterior.trustworthy:
+            raise UntrustworthyFit(str(posterior.info["verdict"]))
+        predictions = predict(posterior, targets)
         self._study.set_note(
             "prediction",
             {"batch": batch, "runs": len(trials), "targets": predictions.to_dict("records")},
@@ -161,23 +164,6 @@ class Planner:
             Due(spec=p.spec, flops=p.flops, reason=p.reason, finishing=p.finishing)
             for p in plan.proposals
         ]
-
-
-def _steering_fit(
-    table: RunTable, recipe: Recipe, targets: Sequence[Target]
-) -> tuple[Posterior, pd.DataFrame]:
-    """A fit good enough to choose runs by: few draws, and if that fails, all of them.
-
-    Raises: UntrustworthyFit if neither will do.
-    """
-    from bayeslr.predict import predict
-    from bayeslr.sampling import fit
-
-    for fast in (True, False):
-        posterior = fit(table, recipe.prior, seed=recipe.seed, fast=fast)
-        if posterior.trustworthy:
-            return posterior, predict(posterior, targets)
-    raise UntrustworthyFit(str(posterior.info["verdict"]))
 
 
 def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
