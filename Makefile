@@ -50,7 +50,7 @@ setup: $(STAMP)  ## Make .venv and install everything into it (the other targets
 quickstart: $(STAMP)  ## Train proxies here, predict a larger one, check it, write report.html (about 5 minutes)
 	@$(BIN)/bayeslr quickstart --out $(OUT)
 
-test: $(STAMP)  ## The default tests (about 12 minutes)
+test: $(STAMP)  ## The default tests (about 6 minutes on two cores)
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-all: $(STAMP)  ## Everything: also the slow tests, calibration and the notebooks

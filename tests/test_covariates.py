@@ -156,7 +156,9 @@ def test_a_stop_is_judged_at_the_covariates_of_the_run(told: Posterior) -> None:
         run = dataclasses.replace(offered(0.0).spec, run_id=name, lr=lr, options=options)
         seen = {**spec_row(run), "tokens": run.tokens / 2, "loss": 3.0, "status": "pruned"}
         stopped.append(Trial(number=0, spec=run, state="pruned", flops=1.0, records=[seen]))
-    assert early_ends(stopped, told).wrongful == ("plain", "router-low")
+    known = told.draws.assign(covariate_shift=told.draws["covariate_shift"] * 0 + SHIFT)
+    sure = dataclasses.replace(told, draws=known)
+    assert early_ends(stopped, sure).wrongful == ("plain", "router-low")
 
 
 def test_the_report_says_how_far_below_the_edge_a_run_off_the_reference_was(
