@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -615,28 +616,33 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     for target in targets:
         require_convention(posterior, target)
     num_draws = int(np.clip(_MAX_CELLS // len(targets), _FEWEST_DRAWS, _MAX_DRAWS))
-    thinned = _Thinned(posterior, num_draws)
+    thinned, ranges = _Thinned(posterior, num_draws), _ranges(posterior, targets)
     parts = [targets[i : i + _CHUNK] for i in range(0, len(targets), _CHUNK)]
-    with ThreadPoolExecutor() as pool:
-        found = list(pool.map(lambda part: summary(_draws_at(thinned, part)), parts))
-    numbers = {name: np.concatenate([part[name] for part in found]) for name in found[0]}
-    families, ranges = _families(posterior, targets), _ranges(posterior, targets)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(lambda part: _columns(thinned, part, ranges), parts))
+    return pd.DataFrame({name: np.concatenate([part[name] for part in found]) for name in found[0]})
+
+
+def _columns(thinned: _Thinned, targets: Sequence[Target],
+             ranges: Mapping[int | None, Mapping[str, tuple[float, float]]],
+             ) -> dict[str, Any]:  # fmt: skip
+    """Columns of the predictions table. ranges: `_ranges`, for the sentences."""
+    posterior = thinned.posterior
+    families = _families(posterior, targets)
     known = np.array([g is not None for g in families])
-    numbers["loss_q50"][~known] = np.nan
-    table = pd.DataFrame(
-        {
-            "target_id": [target.target_id for target in targets],
-            **numbers,
-            "extrapolation": extrapolation(posterior, targets),
-            "level": np.where(known, "family", "population"),
-        }
-    )
-    names, rows = list(table.columns), table.itertuples(index=False, name=None)
-    table["sentence"] = [
-        _sentence(posterior, target, dict(zip(names, row, strict=True)), ranges.get(g, {}))
+    columns: dict[str, Any] = {
+        "target_id": [target.target_id for target in targets],
+        **summary(_draws_at(thinned, targets)),
+        "extrapolation": extrapolation(posterior, targets),
+        "level": np.where(known, "family", "population"),
+    }
+    columns["loss_q50"][~known] = np.nan
+    rows = zip(*(np.asarray(values).tolist() for values in columns.values()), strict=True)
+    columns["sentence"] = [
+        _sentence(posterior, target, dict(zip(columns, row, strict=False)), ranges.get(g, {}))
         for target, row, g in zip(targets, rows, families, strict=True)
     ]
-    return table
+    return columns
 
 
 def summary(at: TargetDraws) -> dict[str, FloatArray]:
