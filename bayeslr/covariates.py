@@ -181,7 +181,8 @@ def _row(posterior: Posterior, target: Target, name: str, at: _AtTarget) -> dict
     best = reference * np.exp(np.quantile(at.best, QUANTILES))
     row = {
         "target_id": target.target_id, "covariate": name, "reference": reference,
-        "tried_low": reference * math.exp(low), "tried_high": reference * math.exp(high),
+        "tried_low": _stated(reference * math.exp(low), float(design.covariate_least[g, k])),
+        "tried_high": reference * math.exp(high),
         "value": reference * math.exp(chosen),
         **dict(zip(_BEST_COLUMNS, best.tolist(), strict=True)),
         "gain_mean": mean, "gain_q05": float(np.quantile(gain, 0.05)),
@@ -189,6 +190,11 @@ def _row(posterior: Posterior, target: Target, name: str, at: _AtTarget) -> dict
         "lr_factor": math.exp(-float(at.shift.mean()) * chosen),
     }  # fmt: skip
     return {**row, "sentence": _sentence(row)}
+
+
+def _stated(value: float, least: float) -> float:
+    """A value as the runs have it: what stands for none at all is 0."""
+    return 0.0 if math.isclose(value, least) else value
 
 
 def _sentence(row: Mapping[str, Any]) -> str:

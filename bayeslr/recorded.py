@@ -18,7 +18,7 @@ import pandas as pd
 from bayeslr.designs import slices_from_cheapest
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs import RunTable, horizon
-from bayeslr.specs import COVARIATES, RunSpec, Target, covariate_arguments
+from bayeslr.specs import COVARIATES, SCHEDULES, RunSpec, Target, covariate_arguments
 from bayeslr.units import format_quantity, train_flops
 
 if TYPE_CHECKING:
@@ -100,7 +100,6 @@ def _spec(row: Mapping[Any, Any]) -> RunSpec:
     numbers = {name: float(row[name]) for name in names}
     seq_len = numbers["seq_len"]
     stated = {name: numbers[name] for name in COVARIATES if math.isfinite(numbers[name])}
-    schedule = row["schedule"]
     return RunSpec(
         run_id=str(row["run_id"]),
         family=str(row["family"]),
@@ -112,7 +111,8 @@ def _spec(row: Mapping[Any, Any]) -> RunSpec:
         n_total=round(numbers["n_total"]),
         seq_len=round(seq_len) if math.isfinite(seq_len) else 1,
         param_convention=str(row["param_convention"]),
-        schedule=schedule if isinstance(schedule, str) else "cosine",
+        # A run table may name schedules that no runner knows; recorded runs are not trained again.
+        schedule=row["schedule"] if row["schedule"] in SCHEDULES else "cosine",
         **covariate_arguments(stated),
     )
 

@@ -53,7 +53,6 @@ _STEP = {
     "floor_raw": 0.005, "loss_cell_raw": 0.01, "log_loss_level": 0.01, "lr_opt_raw": 0.1,
     "lr_cell_raw": 0.1, "lr_anchor": 0.1, "lr_shape_raw": 0.1, "loss_shape_raw": 0.02,
     "best_batch_raw": 0.3, "best_batch_level": 0.2, "covariate_optimum_slope": 0.002,
-    "covariate_n_active_slope": 0.002,
 }  # fmt: skip
 
 # Scales between groups mix slowly where groups are few; there draws are cheap as well.

@@ -105,6 +105,17 @@ def test_the_reference_is_what_most_runs_have_and_none_is_a_tenth_of_the_least()
     np.testing.assert_allclose(design.covariate_of_run[:, 0], wanted, atol=1e-12)
 
 
+def test_no_weight_decay_at_all_is_said_to_have_been_tried(told: Posterior) -> None:
+    """Here the least multiplier stands for none."""
+    assert told.design is not None
+    least = covariate_table(told, [target()]).iloc[0]["tried_low"]
+    assert least == pytest.approx(math.exp(-1.4))
+    design = dataclasses.replace(told.design, covariate_least=np.array([[least]]))
+    row = covariate_table(dataclasses.replace(told, design=design), [target()]).iloc[0]
+    assert row["tried_low"] == 0.0
+    assert "(tried: 0 to 4.06)" in row["sentence"]
+
+
 def test_what_differs_between_slices_alone_is_none() -> None:
     rows = [run_record(f"{b}{i}", 1e8, 2e9, b, 1e-3 * 2**i, 3.0, weight_decay=w)
             for b, w in ((1e5, 0.1), (2e5, 0.3)) for i in range(3)]  # fmt: skip

@@ -97,10 +97,12 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     graph = FunctionGraph(inputs=[*values, *inputs], outputs=graphs, clone=True)
     from pytensor.compile.mode import get_mode
 
-    get_mode("JAX").optimizer.rewrite(graph)
     with warnings.catch_warnings():
-        # PyTensor says that JAX cannot raise for a negative scale; no scale here can be negative.
-        warnings.filterwarnings("ignore", message="Skipping Check", category=UserWarning)
+        # PyTensor says that it has no BLAS of its own, which JAX does not use, and that JAX cannot
+        # raise for a negative scale; no scale here can be negative.
+        for message in ("PyTensor could not link to a BLAS", "Skipping Check"):
+            warnings.filterwarnings("ignore", message=message, category=UserWarning)
+        get_mode("JAX").optimizer.rewrite(graph)
         function = jax_funcify(graph)
     point = model.initial_point(random_seed=0)
     names = tuple(variable.name for variable in values)

@@ -251,7 +251,8 @@ def _covariates(prior: Prior, log_curvature: Any, size: tuple[int, int]) -> dict
     Runs tell how the loss bends and slopes along a covariate at a fixed LR; how much of it goes
     over the LR, only runs at several LRs. So that is what is sampled: the log of the whole bend
     (curvature + the valley's times shift^2), Fisher's z of its tie to the LR, and best value times
-    curvature. log_curvature (family,) is the valley's; the Jacobian is told beside each prior.
+    curvature. How the best value moves with size few runs tell, so that is sampled as itself.
+    log_curvature (family,) is the valley's; the Jacobian is told beside each prior.
     """
     entry = prior["covariate_curvature"]
     median = np.full(size, np.log(entry.location))
@@ -269,12 +270,13 @@ def _covariates(prior: Prior, log_curvature: Any, size: tuple[int, int]) -> dict
     entry = prior["covariate_shift"]
     shift_prior = pm.logp(pm.Normal.dist(entry.location, entry.scale), shift)
     pm.Potential("covariate_prior", (bend_prior + shift_prior + half_ratio).sum())
-    for name in ("covariate_optimum", "covariate_n_active"):
-        slope = pm.Flat(f"{name}_slope", shape=size)
-        found[name] = pm.Deterministic(name, slope * pt.exp(-log_own))
-        of = pm.Normal.dist(prior[name].location, prior[name].scale)
-        pm.Potential(f"{name}_prior", (pm.logp(of, found[name]) - log_own).sum())
-    return found
+    slope = pm.Flat("covariate_optimum_slope", shape=size)
+    optimum = pm.Deterministic("covariate_optimum", slope * pt.exp(-log_own))
+    entry = prior["covariate_optimum"]
+    of = pm.Normal.dist(entry.location, entry.scale)
+    pm.Potential("covariate_optimum_prior", (pm.logp(of, optimum) - log_own).sum())
+    moves = _variable("covariate_n_active", prior, shape=size)
+    return {**found, "covariate_optimum": optimum, "covariate_n_active": moves}
 
 
 def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
