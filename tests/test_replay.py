@@ -330,3 +330,12 @@ def test_a_raw_step_law_table_is_recognised(tmp_path: Path) -> None:
     pool = library.read_pool(path)
     assert len(pool) == 2 * len(LRS)
     assert pool.flops[0] == pytest.approx(6 * 2e8 * 4e9)
+
+
+def test_a_pool_may_name_schedules_that_no_runner_knows() -> None:
+    odd, wsd, none = rows()[:3]
+    odd |= {"schedule": "to zero, in two steps"}
+    wsd |= {"schedule": "wsd", "weight_decay": 0.0}
+    specs = make_pool(make_table([odd, wsd, none])).specs
+    assert [spec.schedule for spec in specs] == ["cosine", "wsd", "cosine"]
+    assert [spec.weight_decay for spec in specs] == [0.1, 0.0, 0.1]
