@@ -561,7 +561,18 @@ def test_the_verdict_is_honest(
 def test_the_parabola_finds_its_bottom() -> None:
     checked = verdict({5e-3: 3.0 + 0.04, 1e-2: 3.0, 2e-2: 3.0 + 0.04})
     assert checked.best_lr == pytest.approx(1e-2)
-    assert checked.regret == 0.0
+    assert checked.regret == pytest.approx(0.0, abs=1e-12)
+
+
+def test_the_regret_is_that_above_the_bottom_between_the_runs() -> None:
+    off = {lr: 3.0 + 0.05 * math.log(lr / 8e-3) ** 2 for lr in (5e-3, 1e-2, 2e-2)}
+    checked = verdict(off)
+    assert checked.best_lr == pytest.approx(8e-3)
+    assert checked.regret == pytest.approx(off[1e-2] - 3.0)
+    assert "nats above that bottom." in checked.lines()[-1]
+    at_edge = verdict({5e-3: 2.9, 1e-2: 3.0, 2e-2: 3.1})
+    assert at_edge.regret == pytest.approx(0.1)
+    assert "nats above the lowest of them." in at_edge.lines()[-1]
 
 
 def test_a_recipe_survives_toml(tmp_path: Path) -> None:

@@ -24,8 +24,8 @@ class Validation:
 
     ``lr_q05`` and ``lr_q95`` bound the 90 % interval that was predicted. ``best_lr`` is the bottom
     of the parabola through the three losses in ln LR, or the LR with the lowest loss where there is
-    no bottom between them. ``regret`` is the loss at the recommended LR above the lowest one
-    measured, in nats.
+    no bottom between them. ``regret`` is the loss at the recommended LR above that bottom, or above
+    the lowest one measured, in nats.
     """
 
     target_id: str
@@ -78,7 +78,9 @@ class Validation:
             False: f"It lies OUTSIDE of what the posterior said ({interval}).",
             None: f"These runs cannot tell whether it lies where the posterior said ({interval}).",
         }[self.inside]
-        return [*told, verdict, f"Regret of the recommended LR: {self.regret:.4f} nats."]
+        above = "that bottom" if self.bracketed else "the lowest of them"
+        regret = f"Regret of the recommended LR: {self.regret:.4f} nats above {above}."
+        return [*told, verdict, regret]
 
     def document(self) -> dict[str, Any]:
         """JSON-safe form."""
@@ -116,7 +118,7 @@ def validate(trials: Sequence[Trial], prediction: Mapping[str, Any]) -> Validati
     losses = [t.final_loss for t in trials]
     measured = [(t.spec.lr, y) for t, y in zip(trials, losses, strict=True) if y is not None]
     lr = sorted(t.spec.lr for t in trials)[len(trials) // 2]
-    best, bracketed = _bottom(measured)
+    best, lowest, bracketed = _bottom(measured)
     at_lr = dict(measured).get(lr)
     return Validation(
         target_id=str(prediction["target_id"]),
@@ -128,7 +130,7 @@ def validate(trials: Sequence[Trial], prediction: Mapping[str, Any]) -> Validati
         states=tuple(t.state for t in trials),
         best_lr=best,
         bracketed=bracketed,
-        regret=None if at_lr is None else at_lr - min(y for _, y in measured),
+        regret=None if at_lr is None or lowest is None else at_lr - lowest,
     )
 
 
@@ -141,20 +143,26 @@ def validation_summary(recipe: Recipe, target: Target, flops: float) -> str:
     )
 
 
-def _bottom(measured: Sequence[tuple[float, float]]) -> tuple[float | None, bool]:
-    """LR at the bottom of the measured valley, and whether it lies between measured LRs."""
+def _bottom(
+    measured: Sequence[tuple[float, float]],
+) -> tuple[float | None, float | None, bool]:
+    """LR and loss at the bottom of the measured valley, and whether it lies between measured LRs.
+
+    Where it does not, they are those of the lowest loss.
+    """
     if len(measured) < 2:
-        return None, False
+        return None, None, False
     lowest = min(range(len(measured)), key=lambda i: measured[i][1])
     if len(measured) < 3:
-        return measured[lowest][0], False
+        return *measured[lowest], False
     middle = min(max(lowest, 1), len(measured) - 2)
     (x0, y0), (x1, y1), (x2, y2) = ((math.log(x), y) for x, y in measured[middle - 1 : middle + 2])
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     if right <= left:
-        return measured[lowest][0], False
-    # Newton's divided differences: the slope of the parabola is zero here.
-    vertex = 0.5 * (x0 + x1) - left * (x2 - x0) / (2 * (right - left))
+        return *measured[lowest], False
+    # Newton's divided differences: the slope of the parabola is zero at the vertex.
+    bend = (right - left) / (x2 - x0)
+    vertex = 0.5 * (x0 + x1 - left / bend)
     if not x0 < vertex < x2:
-        return measured[lowest][0], False
-    return math.exp(vertex), True
+        return *measured[lowest], False
+    return math.exp(vertex), y0 + (vertex - x0) * (left + bend * (vertex - x1)), True
