@@ -157,7 +157,7 @@ class _Covariates:
         for k, name in enumerate(self.names):
             for i, (row, g) in enumerate(zip(values, families, strict=True)):
                 if design is not None and name in known:
-                    self._z[i, k] = log_ratio(design, name, row.get(name), g or 0)
+                    self._z[i, k] = log_ratio(design, name, row.get(name, 1.0), g or 0)
                 else:
                     reference = max(usual[name], least[name])
                     self._z[i, k] = math.log(max(row.get(name, 1.0), least[name]) / reference)
@@ -445,7 +445,6 @@ class _Market:
                  targets: Sequence[Target], weight: FloatArray) -> None:  # fmt: skip
         self.members, self._beliefs = beliefs.members, beliefs
         self._target_flops = weight * np.array([target.flops for target in targets])
-        self._shares = weight / weight.sum()
         flops = [candidate.flops for candidate in candidates]
         self.cost = np.array([math.fsum(flops[i] for i in group) for group in self.members])
         self._open = np.ones(len(self.members), dtype=bool)
@@ -465,7 +464,7 @@ class _Market:
         FLOPs of the targets that it is worth, each (option,).
         """
         falls = self._beliefs.falls()
-        return np.where(self.within(left), falls @ self._shares, 0.0), self.worth(falls)
+        return np.where(self.within(left), falls @ self._beliefs.shares, 0.0), self.worth(falls)
 
     def best(self, gains: FloatArray) -> int:
         """The option that gains most for its cost, to `_COST_POWER`."""

@@ -70,22 +70,22 @@ def covariate_draws(
     return found
 
 
-def log_ratio(design: Design, name: str, value: float | None, family: int) -> float:
+def log_ratio(design: Design, name: str, value: float, family: int) -> float:
     """Ln of a covariate's value over the family's reference, as the fit would take it.
 
-    A multiplier that is not stated is 1, a weight decay the reference; none at all (0) counts as
-    `Design.covariate_least`.
+    None at all (0) counts as `Design.covariate_least`.
     """
     at = family, design.covariates.index(name)
     reference, least = (float(x[at]) for x in (design.covariate_reference, design.covariate_least))
-    if value is None:
-        value = reference if name == "weight_decay" else 1.0
     return math.log(max(value, least) / reference)
 
 
 def lr_shifts(posterior: Posterior, targets: Sequence[Target],
               values: Sequence[Mapping[str, float]], max_draws: int) -> FloatArray:  # fmt: skip
-    """Draws (draw, target) of what each target's covariates stand for in ln LR, by column."""
+    """Draws (draw, target) of what each target's covariates stand for in ln LR.
+
+    values: as of `RunSpec.covariates`; a multiplier that is not stated is 1.
+    """
     design = posterior.design
     names = () if design is None else design.covariates
     families = [family_of(posterior, target) for target in targets]
@@ -93,12 +93,20 @@ def lr_shifts(posterior: Posterior, targets: Sequence[Target],
     for k, name in enumerate(names):
         assert design is not None
         z[:, k] = [
-            log_ratio(design, name, row.get(name), g or 0)
+            log_ratio(design, name, row.get(name, 1.0), g or 0)
             for row, g in zip(values, families, strict=True)
         ]
+    shift = _draws_of(posterior, names, families, max_draws)["covariate_shift"]
+    return np.asarray((shift * z).sum(axis=2))
+
+
+def _draws_of(posterior: Posterior, names: Sequence[str], families: Sequence[int | None],
+              max_draws: int) -> dict[str, FloatArray]:  # fmt: skip
+    """`covariate_draws` of each target's family, (draw, target, covariate)."""
     order = list(dict.fromkeys(families))
-    shift = covariate_draws(posterior, names, order, max_draws)["covariate_shift"]
-    return np.asarray((shift[:, [order.index(g) for g in families]] * z).sum(axis=2))
+    at = [order.index(g) for g in families]
+    found = covariate_draws(posterior, names, order, max_draws)
+    return {name: values[:, at] for name, values in found.items()}
 
 
 def best_values(
@@ -109,9 +117,7 @@ def best_values(
     Each (draw, target, covariate).
     """
     families = [family_of(posterior, target) for target in targets]
-    order = list(dict.fromkeys(families))
-    at = [order.index(g) for g in families]
-    p = {name: v[:, at] for name, v in covariate_draws(posterior, names, order, max_draws).items()}
+    p = _draws_of(posterior, names, families, max_draws)
     d_n = target_features(targets)["log_n_active"] - posterior.info["centre"]["log_n_active"]
     best: FloatArray = laws.best_covariate(d_n[:, None], p)
     return best, p

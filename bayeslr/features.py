@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import SHAPE_KEYS, common_horizon, last_word
+from bayeslr.runs import SHAPE_KEYS, common_horizon, covariates_within, last_word
 from bayeslr.specs import COVARIATES
 
 if TYPE_CHECKING:
@@ -192,17 +192,11 @@ def _covariates(
     """``covariates``, ``covariate_of_run``, ``covariate_reference``, ``covariate_least`` of a
     `Design`.
 
-    An LR multiplier that is not stated is 1, a weight decay the reference. No weight decay at all
-    counts as a tenth of the family's least.
+    A weight decay that is not stated is the reference, none at all a tenth of the family's least.
     """
     num_families = int(family_of_run.max()) + 1
     names, logs, references, leasts = [], [], [], []
-    for name in COVARIATES:
-        values = frame[name].astype(float)
-        if name != "weight_decay":
-            values = values.fillna(1.0)
-        if values.groupby(slice_of_run).nunique().max() < 2:
-            continue
+    for name, values in covariates_within(frame, slice_of_run).items():
         log, reference = np.zeros(len(frame)), np.ones(num_families)
         least = np.ones(num_families)
         for g in range(num_families):

@@ -10,7 +10,15 @@ import pandas as pd
 
 from bayeslr.runs.additions import cheapest_addition
 from bayeslr.runs.columns import SHAPE_KEYS
-from bayeslr.runs.table import RunTable, common_horizon, last_word, lr_group, total_flops
+from bayeslr.runs.table import (
+    RunTable,
+    common_horizon,
+    covariate_values,
+    covariates_within,
+    last_word,
+    lr_group,
+    total_flops,
+)
 from bayeslr.specs import COVARIATES
 from bayeslr.units import format_lr, format_quantity
 
@@ -57,9 +65,8 @@ def describe(table: RunTable) -> dict[str, Any]:
                 "lr": _span(rows["lr"]),
                 "loss": _span(rows["loss"]),
                 "covariates": {
-                    name: [float(v) for v in sorted(set(_values(told, name).dropna()))]
-                    for name in COVARIATES
-                    if _differs(_values(told, name), told["slice"])
+                    name: [float(v) for v in sorted(set(values.dropna()))]
+                    for name, values in covariates_within(told, told["slice"]).items()
                 },
                 "flops": total_flops(rows),
             }
@@ -221,26 +228,15 @@ def _lr_blind_spots(rows: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     return told
 
 
-def _values(rows: pd.DataFrame, name: str) -> pd.Series[float]:
-    """Values (row,) of a covariate; an LR multiplier that is not stated is 1."""
-    values = rows[name].astype(float)
-    return values if name == "weight_decay" else values.fillna(1.0)
-
-
-def _differs(values: pd.Series[float], group: pd.Series[int]) -> bool:
-    """Whether values (row,) differ within any group."""
-    return len(values) > 0 and int(values.groupby(group).nunique().max()) > 1
-
-
 def _covariate_blind_spots(measured: pd.DataFrame) -> list[str]:
     """What cannot be told of weight decay and LR multipliers that are not the same everywhere."""
-    told = []
+    told, within = [], covariates_within(measured, measured["slice"])
     for name in COVARIATES:
-        values = _values(measured, name)
+        values = covariate_values(measured, name)
         if values.nunique() < 2:
             continue
         tried = f"{name} differs ({values.min():.3g} to {values.max():.3g})"
-        if not _differs(values, measured["slice"]):
+        if name not in within:
             told.append(
                 f"{tried} between slices and within none: what it does to the LR passes for an "
                 "effect of size, tokens or batch, and LRs hold for targets whose value follows the "

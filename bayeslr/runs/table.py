@@ -19,6 +19,7 @@ from bayeslr.runs.cells import Rows, empty_quarantine, first_reasons, quarantine
 from bayeslr.runs.columns import COLUMN_NAMES, SHAPE_KEYS
 from bayeslr.runs.files import encode, json_lines, read_rows, write_atomically
 from bayeslr.runs.rules import apply_rules
+from bayeslr.specs import COVARIATES
 from bayeslr.units import train_flops
 
 
@@ -103,6 +104,20 @@ def _alike(values: pd.Series[float] | NDArray[np.float64], within: float) -> NDA
             start, code = value, code + 1
         codes[i] = code
     return codes[where]
+
+
+def covariate_values(frame: pd.DataFrame, name: str) -> pd.Series[float]:
+    """Values (row,) of a covariate; an LR multiplier that is not stated is 1."""
+    values = frame[name].astype(float)
+    return values if name == "weight_decay" else values.fillna(1.0)
+
+
+def covariates_within(
+    frame: pd.DataFrame, group: pd.Series[int] | NDArray[np.int64]
+) -> dict[str, pd.Series[float]]:
+    """`covariate_values` of those covariates that differ within some group (row,), by name."""
+    found = {name: covariate_values(frame, name) for name in COVARIATES}
+    return {n: v for n, v in found.items() if (v.groupby(group).nunique() > 1).any()}
 
 
 def last_word(frame: pd.DataFrame) -> NDArray[np.bool_]:

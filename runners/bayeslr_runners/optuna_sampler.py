@@ -554,13 +554,12 @@ def _allowed(
 class ValleyPruner(BasePruner):  # type: ignore[misc]
     """Stops runs that the valley has no use for: far up its side, with nearer runs on theirs.
 
-    A run is stopped at a step if, in its slice (same `ATTRIBUTES` and covariates: weight decay, LR
-    multipliers) and at the same step, its loss
-    is more than ``excess`` nats above the best, and at least ``min_lrs`` other LRs have been seen
-    there, one of them on its own side of the best and nearer to it. So the best run and its
-    neighbours in LR always finish. A loss that is not finite ends the run at once. The default
-    excess is where the model stops to give weight to a run; steps before ``num_warmup_steps``
-    are never judged.
+    A run is stopped at a step if, in its slice (same `ATTRIBUTES`, weight decay and LR multipliers)
+    and at the same step, its loss is more than ``excess`` nats above the best, and at least
+    ``min_lrs`` other LRs have been seen there, one of them on its own side of the best and nearer
+    to it. So the best run and its neighbours in LR always finish. A loss that is not finite ends
+    the run at once. The default excess is where the model stops to give weight to a run; steps
+    before ``num_warmup_steps`` are never judged.
     """
 
     def __init__(self, *, excess: float = 0.1, min_lrs: int = 3, num_warmup_steps: int = 0,

@@ -116,22 +116,24 @@ def test_runs_under_way_are_not_told_twice() -> None:
     assert len(set(found)) == len(found)
 
 
-def test_user_attributes_say_what_a_run_was() -> None:
+def listened_to(made: ScalingLawSampler, **reply: Any) -> list[Any]:
+    """The requests of a sampler, from here on, each answered with ``reply``."""
     sent: list[Any] = []
+    given = {"predictions": [], "covariates": [], "verdict": "", "trustworthy": True,
+             "set_aside": "", **reply}  # fmt: skip
 
     class Child:
         def ask(self, request: Any) -> dict[str, Any]:
             sent.append(request)
-            return {
-                "predictions": [],
-                "covariates": [],
-                "verdict": "",
-                "trustworthy": True,
-                "set_aside": "",
-            }
+            return given
 
-    made = sampler(describe=None)
     made._child = Child()  # type: ignore[assignment]
+    return sent
+
+
+def test_user_attributes_say_what_a_run_was() -> None:
+    made = sampler(describe=None)
+    sent = listened_to(made)
     s = optuna.create_study(sampler=made)
 
     def tagged(trial: optuna.Trial) -> float:
@@ -153,19 +155,11 @@ def test_user_attributes_say_what_a_run_was() -> None:
 
 
 def test_weight_decay_and_lr_multipliers_are_known_of_runs_and_of_proposals() -> None:
-    sent: list[Any] = []
-
-    class Child:
-        def ask(self, request: Any) -> dict[str, Any]:
-            sent.append(request)
-            return {
-                "chosen": [0], "reasons": ["told"], "set_aside": "", "verdict": "",
-                "trustworthy": True, "predictions": [{"target_id": "target1"}],
-                "covariates": [{"target_id": "target1", "covariate": "weight_decay"}],
-            }  # fmt: skip
-
     made = sampler(num_startup_trials=2)
-    made._child = Child()  # type: ignore[assignment]
+    sent = listened_to(
+        made, chosen=[0], reasons=["told"], predictions=[{"target_id": "target1"}],
+        covariates=[{"target_id": "target1", "covariate": "weight_decay"}],
+    )  # fmt: skip
     s = study(None, made)
 
     def decayed(trial: optuna.Trial) -> float:
