@@ -100,6 +100,18 @@ class ContinuingRunner(Runner, Protocol):
         ...
 
 
+@runtime_checkable
+class HorizonRunner(Runner, Protocol):
+    """A runner that may set a run's LR or betas by its horizon, so that each needs its own trunk.
+
+    Of a runner without this method a WSD run is taken to measure shorter horizons on its way.
+    """
+
+    def depends_on_horizon(self, spec: RunSpec) -> bool:
+        """Whether a run to another horizon has another LR or other betas from its start on."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trial:
     """One run as the study knows it.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from bayeslr.errors import SpecError
-from bayeslr.runner_protocol import ContinuingRunner, Runner, Trial
+from bayeslr.runner_protocol import ContinuingRunner, HorizonRunner, Runner, Trial
 from bayeslr.runs import RunTable
 from bayeslr.specs import (
     LR_MULTIPLIER,
@@ -155,8 +155,9 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
     """Every run of the space that the trials have not measured yet, in a fixed order.
 
     Under WSD a run to one horizon measures the shorter horizons on its way, so a candidate decays
-    at every token count up to its own that its (shape, batch, LR) still lacks. Where the runner can
-    go on from the trunk that an earlier run of that line and seed left, the candidate does.
+    at every token count up to its own that its (shape, batch, LR) still lacks; not so where the
+    runner's LR or betas depend on the horizon. Where the runner can go on from the trunk that an
+    earlier run of that line and seed left, the candidate does.
     """
     measured: dict[Hashable, set[int]] = {}
     trunks: dict[Hashable, Trial] = {}
@@ -173,7 +174,6 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
         if trial.state == "ok" and same_seed and isinstance(runner, ContinuingRunner):
             trunks[key] = max(trunks.get(key, trial), trial, key=lambda t: t.trunk_tokens or 0)
     priced = []
-    wsd = recipe.run.get("schedule", "wsd") == "wsd"
     horizons = sorted(recipe.space.tokens)
     for shape, batch_tokens, changed, lr in product(
         recipe.space.shapes,
@@ -182,16 +182,17 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
         recipe.space.lr.values(),
     ):
         one: dict[str, Any] = {"lr": lr, "batch_tokens": batch_tokens, "covariates": changed}
-        line = line_of(run_spec(recipe, runner, shape, decay_at=horizons, **one))
+        longest = run_spec(recipe, runner, shape, decay_at=horizons[-1:], **one)
+        line, branches = line_of(longest), shares_trunk(runner, longest)
         known = measured.get(line, set())
         for end in horizons:
             if end in known:
                 continue
-            decay_at = [t for t in horizons if t <= end and t not in known] if wsd else [end]
+            decay_at = [t for t in horizons if t <= end and t not in known] if branches else [end]
             spec = run_spec(recipe, runner, shape, decay_at=decay_at, **one)
             if line in trunks:
                 spec = _continued(spec, trunks[line])
-            priced.append(_priced(runner, spec))
+            priced.append(_priced(runner, spec, branches=branches))
     return priced
 
 
@@ -224,7 +225,8 @@ def repeats(recipe: Recipe, runner: Runner, trials: Iterable[Trial]) -> list[Can
             lr=done[line].lr, batch_tokens=done[line].batch_tokens, decay_at=done[line].decay_at,
             covariates=_changed(recipe, done[line]),
         )  # fmt: skip
-        priced.append(_priced(runner, spec, repeat=True))
+        branches = shares_trunk(runner, spec)
+        priced.append(_priced(runner, spec, branches=branches, repeat=True))
     return priced
 
 
@@ -306,16 +308,23 @@ def _same(value: float, other: float) -> bool:
     return math.isclose(value, other, rel_tol=_SAME)
 
 
-def _priced(runner: Runner, spec: RunSpec, *, repeat: bool = False) -> Candidate:
-    trunk = (*line_of(spec), spec.seed) if spec.schedule == "wsd" else None
+def _priced(runner: Runner, spec: RunSpec, *, branches: bool, repeat: bool = False) -> Candidate:
+    trunk = (*line_of(spec), spec.seed) if branches else None
     return Candidate(spec=spec, flops=runner.flops(spec), repeat=repeat, trunk=trunk)
+
+
+def shares_trunk(runner: Runner, spec: RunSpec) -> bool:
+    """Whether a run to a longer horizon passes this one's on its way."""
+    if spec.schedule != "wsd":
+        return False
+    return not (isinstance(runner, HorizonRunner) and runner.depends_on_horizon(spec))
 
 
 def start_design(recipe: Recipe, runner: Runner) -> list[Candidate]:
     """The first runs: the cheapest cells, a few LRs spread over the whole range in each.
 
     A function of the recipe alone, so that every worker and every restart finds the same runs.
-    Under WSD the cells of one shape and batch share a trunk to the longest horizon.
+    Where horizons share a trunk, the cells of one shape and batch are one run to the longest.
     """
     cells: dict[tuple[str, int, int], list[Candidate]] = {}
     for priced in grid(recipe, runner):
@@ -351,12 +360,13 @@ def random_design(
 
 def grid(recipe: Recipe, runner: Runner) -> list[Candidate]:
     """Runs of the space at the recipe's own covariates that no other one measures on its way:
-    under WSD, the longest.
+    where horizons share a trunk, the longest.
     """
-    wsd = recipe.run.get("schedule", "wsd") == "wsd"
     space = replace(recipe.space, weight_decay=(), lr_multipliers={})
     pool = candidates(replace(recipe, space=space), runner)
-    return [priced for priced in pool if not wsd or priced.spec.tokens == max(space.tokens)]
+    return [
+        priced for priced in pool if priced.trunk is None or priced.spec.tokens == max(space.tokens)
+    ]
 
 
 def cell_of(spec: RunSpec) -> tuple[str, int, int]:

@@ -45,7 +45,7 @@ def design_step(
 ) -> list[Candidate]:
     """Next step of the recipe's design, given the runs so far; empty where it has ended.
 
-    Under WSD the runs are those to the longest horizon, which measure the shorter ones.
+    Where horizons share a trunk the runs are those to the longest, which measure the shorter ones.
     """
     pool = grid(recipe, runner)
     specs = [priced.spec for priced in pool]

@@ -37,6 +37,7 @@ from bayeslr.runner_protocol import (
     Study,
     Trial,
 )
+from bayeslr.space import shares_trunk
 from bayeslr.specs import RunSpec
 from bayeslr.units import format_lr, format_quantity
 
@@ -204,6 +205,8 @@ class Worker:
         self._find_batch()  # a run that was taken over may be the first thing seen of its batch
         mine = {due.spec.run_id: due for due in batch_runs(self._study, self._batch)}
         earlier = [t for t in self._study.trials() if t.finished and t.spec.run_id not in mine]
+        if not shares_trunk(self._runner, child.spec):
+            earlier = [t for t in earlier if t.spec.tokens == child.spec.tokens]
         due = mine.get(child.spec.run_id)
         return hopeless(child.spec, child.rows(), earlier, due.finishing if due else None)
 

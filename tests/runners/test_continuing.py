@@ -13,13 +13,13 @@ from bayeslr.loop.planning import ask_again, table_of
 from bayeslr.loop.worker import Due, Stop, Worker
 from bayeslr.runner_protocol import Study, Trial
 from bayeslr.runs import read_runs
-from bayeslr.space import Candidate, candidates, line_of, trials_in
+from bayeslr.space import Candidate, candidates, line_of, start_design, trials_in
 from bayeslr.specs import Recipe, parse_recipe
 from bayeslr_runners.command import CommandRunner
 from bayeslr_runners.moe import MoeRunner
 from bayeslr_runners.study import open_study
 from tests.fakes import TOY_ARGV, toy_recipe
-from tests.runners.test_moe_train import OPTIONS, SHAPE
+from tests.runners.test_moe_train import BY_HORIZON, OPTIONS, SHAPE
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -170,3 +170,11 @@ def test_what_can_be_gone_on_from_is_told_by_the_records(study: Study, tmp_path:
     found = candidates(other, CommandRunner({"argv": TOY_ARGV}), trials)
     assert len(found) == len(left)
     assert {p.spec.continues for p in found} == {None}
+
+
+def test_where_the_lr_depends_on_the_horizon_each_is_a_run_of_its_own() -> None:
+    recipe, runner = opened(options={**OPTIONS, **BY_HORIZON})
+    pool = candidates(recipe, runner)
+    assert {p.spec.decay_at for p in pool} == {(SHORT,), (LONG,)}
+    assert {p.trunk for p in pool} == {None}
+    assert {p.spec.tokens for p in start_design(recipe, runner)} == {SHORT, LONG}

@@ -33,6 +33,8 @@ SHAPE = {"name": "tiny", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_expert":
 OPTIONS = {"data": "synthetic", "synthetic_vocab": 16, "synthetic_order": 1, "synthetic_seed": 3,
            "synthetic_branching": 3, "synthetic_tokens": 40_000, "val_tokens": 2048, "threads": 1,
            "partial_evals": 2}  # fmt: skip
+# Rules under which the LR depends on the horizon.
+BY_HORIZON = {"base_tokens": 12_800, "horizon_exponent": -0.3}
 # What two runs of one seed may differ in.
 CLOCK = ("wall_s", "created_at")
 
@@ -267,10 +269,16 @@ def test_a_trunk_is_taken_over_between_two_steps() -> None:
         check_spec(continuing(continues_at=10_300))
 
 
+def test_one_run_measures_no_two_horizons_whose_rules_differ() -> None:
+    check_spec(spec(options=BY_HORIZON, decay_at=()))
+    with pytest.raises(SpecError, match=r"decay_at is \[6400, 12800\].* one run a token count"):
+        check_spec(spec(options=BY_HORIZON))
+
+
 @pytest.mark.parametrize(
     "changes",
     [{"schedule": "cosine", "decay_at": ()}, {"options": {"keep_trunk": False}}, {"lr": 9.0},
-     {"options": {"base_tokens": 12_800, "horizon_exponent": -0.3}}],
+     {"options": BY_HORIZON, "decay_at": ()}],
     ids=["no trunk", "not wanted", "diverged", "its LR depends on the horizon"],
 )  # fmt: skip
 def test_no_trunk_is_left_where_none_can_go_on(tmp_path: Path, changes: dict[str, Any]) -> None:

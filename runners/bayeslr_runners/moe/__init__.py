@@ -14,6 +14,7 @@ from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
 from bayeslr.units import train_flops
 from bayeslr_runners.moe.options import Options
+from bayeslr_runners.moe.parametrization import depends_on_horizon
 from bayeslr_runners.moe.rules import transfer_rules
 from bayeslr_runners.moe.schedule import trained_tokens
 from bayeslr_runners.moe.shapes import MoeShape
@@ -48,6 +49,10 @@ class MoeRunner:
     def has_trunk(self, spec: RunSpec, runs_dir: Path) -> bool:
         """Whether the run can go on from the one that it names; see `trunk`."""
         return has_trunk(spec, runs_dir)
+
+    def depends_on_horizon(self, spec: RunSpec) -> bool:
+        """Whether horizon rules keep the run from measuring shorter horizons on its way."""
+        return depends_on_horizon(spec)
 
     def stack_key(self, spec: RunSpec) -> str:
         """Equal for runs that `stack_command` had better train together; see `stack`."""

@@ -31,7 +31,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from bayeslr.errors import SpecError
-from bayeslr_runners.moe.options import GROUPS, ScalingOptions
+from bayeslr.specs import RunSpec
+from bayeslr_runners.moe.options import GROUPS, Options, ScalingOptions
 from bayeslr_runners.moe.shapes import MoeShape
 
 # Std of the embedding, as in the standard parametrisation of Everett et al. 2024. With the 0.02 of
@@ -138,6 +139,22 @@ def parametrization(
         for group in GROUPS
     }
     return replace(rules, groups=groups)
+
+
+def rules_of(spec: RunSpec, *, tokens: float | None = None) -> Parametrization:
+    """Rules of a run. tokens: as if it went so far, instead of to its longest horizon."""
+    return parametrization(
+        spec.parametrization,
+        MoeShape.from_mapping(spec.shape),
+        Options.from_mapping(spec.options).scaling,
+        tokens=spec.tokens if tokens is None else tokens,
+        batch_tokens=spec.batch_tokens,
+    )
+
+
+def depends_on_horizon(spec: RunSpec) -> bool:
+    """Whether a run to another horizon has another LR or other betas from its first step on."""
+    return rules_of(spec) != rules_of(spec, tokens=2 * spec.tokens)
 
 
 def _sp(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:

@@ -8,6 +8,7 @@ from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import SPEC_FILE
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.options import Options
+from bayeslr_runners.moe.parametrization import depends_on_horizon
 from bayeslr_runners.moe.schedule import horizons
 from bayeslr_runners.moe.shapes import MoeShape
 
@@ -33,6 +34,12 @@ def check_spec(spec: RunSpec) -> None:
     shape = MoeShape.from_mapping(spec.shape)
     options = Options.from_mapping(spec.options)
     horizons(spec)
+    if len(spec.decay_at) > 1 and depends_on_horizon(spec):
+        raise SpecError(
+            f"run {spec.run_id}: under {spec.parametrization!r} with these options the LR or the "
+            f"betas depend on the horizon, but decay_at is {list(spec.decay_at)}: the shorter ones "
+            "would be measured at another LR than the record says; use one run a token count"
+        )
     if spec.continues_at % spec.batch_tokens:
         raise SpecError(
             f"run {spec.run_id}: continues_at ({spec.continues_at}) must be a multiple of "

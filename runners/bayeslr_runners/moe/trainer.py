@@ -19,7 +19,7 @@ from bayeslr_runners.moe.measure import Measurement, autocast, effective_experts
 from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer
 from bayeslr_runners.moe.optim import AdamW, param_groups, stacked_groups
 from bayeslr_runners.moe.options import Options
-from bayeslr_runners.moe.parametrization import Parametrization, parametrization
+from bayeslr_runners.moe.parametrization import rules_of
 from bayeslr_runners.moe.probe import probe
 from bayeslr_runners.moe.shapes import MoeShape
 
@@ -48,7 +48,7 @@ class Trainer:
         spec = specs[0]
         self.stacked = stacked or len(specs) > 1
         shape = MoeShape.from_mapping(spec.shape)
-        rules = [_rules(one, shape) for one in specs]
+        rules = [rules_of(one) for one in specs]
         self.specs, self.corpus, self.options, self.shape = tuple(specs), corpus, options, shape
         self.device = torch.device(options.train.device)
         self._rules = rules[0]
@@ -223,13 +223,3 @@ class Trainer:
         for bias_E, layer in zip(biases, stats, strict=True):
             load_E = layer.load_E.to(bias_E.dtype)
             bias_E += rate * torch.sign(load_E.mean(-1, keepdim=True) - load_E)
-
-
-def _rules(spec: RunSpec, shape: MoeShape) -> Parametrization:
-    return parametrization(
-        spec.parametrization,
-        shape,
-        Options.from_mapping(spec.options).scaling,
-        tokens=spec.tokens,
-        batch_tokens=spec.batch_tokens,
-    )

@@ -14,9 +14,8 @@ from pathlib import Path
 from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.options import Options
-from bayeslr_runners.moe.parametrization import parametrization
+from bayeslr_runners.moe.parametrization import depends_on_horizon
 from bayeslr_runners.moe.schedule import horizons
-from bayeslr_runners.moe.shapes import MoeShape
 from bayeslr_runners.moe.specfile import read_spec
 
 CHECKPOINT_FILE, TRUNK_FILE = "checkpoint.pt", "trunk.pt"
@@ -31,16 +30,8 @@ def trunk_tokens(spec: RunSpec) -> int | None:
     Without a decay there is nothing to leave it for, and under rules of the horizon (an LR or betas
     that depend on the tokens to come) another run's trunk is another.
     """
-    options, last = Options.from_mapping(spec.options), horizons(spec)[-1]
-    shape = MoeShape.from_mapping(spec.shape)
-    here, longer = (
-        parametrization(
-            spec.parametrization, shape, options.scaling, tokens=tokens,
-            batch_tokens=spec.batch_tokens,
-        )
-        for tokens in (spec.tokens, 2 * spec.tokens)
-    )  # fmt: skip
-    if not options.train.keep_trunk or here != longer or not 0 < last.branch_step < last.num_steps:
+    wanted, last = Options.from_mapping(spec.options).train.keep_trunk, horizons(spec)[-1]
+    if not wanted or depends_on_horizon(spec) or not 0 < last.branch_step < last.num_steps:
         return None
     return last.branch_step * spec.batch_tokens
 
