@@ -62,6 +62,7 @@ OPTIONAL = ("family", "seq_len", "param_convention", "optimizer", "schedule", "p
             "d_model", "n_layers", "n_experts", "top_k", "loss_se", "status",
             *COVARIATES)  # fmt: skip
 
+_SLICE = (*ATTRIBUTES, *(name for name in OPTIONAL if name not in ("loss_se", "status")))
 _ASSUMED = {"family": "study", "param_convention": "non_embedding"}
 _MAX_CANDIDATES = 5000
 _LEVELS = 5  # of a numeric parameter other than the LR
@@ -166,7 +167,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         self._targets = [
             {"target_id": f"target{i + 1}", **_native(t)} for i, t in enumerate(targets)
         ]
-        self._describe = describe
+        self.describe = describe
         self._prior, self._seed, self._lr = prior, seed, lr
         self._num_startup = num_startup_trials
         self._per_octave = lr_per_octave
@@ -355,7 +356,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
     def _known(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """What parameters say of a run. Raises: SpecError if ``describe`` does."""
         known = {k: params[k] for k in (*ATTRIBUTES, *OPTIONAL) if k in params}
-        return _native(known | _described(self._describe, params))
+        return _native(known | _described(self.describe, params))
 
     def _row(self, trial: FrozenTrial, agreed: Mapping[str, Any]) -> dict[str, Any] | None:
         """Row of the run table; None for a trial that says nothing of its LR."""
@@ -554,12 +555,13 @@ def _allowed(
 class ValleyPruner(BasePruner):  # type: ignore[misc]
     """Stops runs that the valley has no use for: far up its side, with nearer runs on theirs.
 
-    A run is stopped at a step if, in its slice (same `ATTRIBUTES`, weight decay and LR multipliers)
-    and at the same step, its loss is more than ``excess`` nats above the best, and at least
-    ``min_lrs`` other LRs have been seen there, one of them on its own side of the best and nearer
-    to it. So the best run and its neighbours in LR always finish. A loss that is not finite ends
-    the run at once. The default excess is where the model stops to give weight to a run; steps
-    before ``num_warmup_steps`` are never judged.
+    A run is stopped at a step if, in its slice (same `ATTRIBUTES`, family, shape and what else the
+    run table knows beside the LR) and at the same step, its loss is more than ``excess`` nats above
+    the best, and at least ``min_lrs`` other LRs have been seen there, one of them on its own side
+    of the best and nearer to it. So the best run and its neighbours in LR always finish. A loss
+    that is not finite ends the run at once. The default excess is where the model stops to give
+    weight to a run; steps before ``num_warmup_steps`` are never judged. describe: by default that
+    of the study's `ScalingLawSampler`, if it has one.
     """
 
     def __init__(self, *, excess: float = 0.1, min_lrs: int = 3, num_warmup_steps: int = 0,
@@ -583,13 +585,16 @@ class ValleyPruner(BasePruner):  # type: ignore[misc]
             return True
         if step < self._warmup:
             return False
-        mine = self._slice(trial)
+        describe = self._describe
+        if describe is None and isinstance(study.sampler, ScalingLawSampler):
+            describe = study.sampler.describe
+        mine = _slice(trial, describe)
         seen: dict[float, float] = {}
         for other in study.get_trials(deepcopy=False):
             if other.number == trial.number or self._lr not in other.params:
                 continue
             loss = other.intermediate_values.get(step)
-            if loss is not None and math.isfinite(loss) and self._slice(other) == mine:
+            if loss is not None and math.isfinite(loss) and _slice(other, describe) == mine:
                 lr = float(other.params[self._lr])
                 seen[lr] = min(loss, seen.get(lr, math.inf))
         if len(seen) < self._min_lrs:
@@ -600,6 +605,8 @@ class ValleyPruner(BasePruner):  # type: ignore[misc]
         lr = float(trial.params[self._lr])
         return any(best < other < lr or lr < other < best for other in seen)
 
-    def _slice(self, trial: FrozenTrial) -> tuple[Any, ...]:
-        known = {**trial.params, **_described(self._describe, trial.params), **trial.user_attrs}
-        return tuple(known.get(name) for name in (*ATTRIBUTES, *COVARIATES))
+
+def _slice(trial: FrozenTrial, describe: Describe | None) -> tuple[Any, ...]:
+    """What the runs of a trial's slice share."""
+    known = {**_ASSUMED, **trial.params, **_described(describe, trial.params), **trial.user_attrs}
+    return tuple(known.get(name) for name in _SLICE)

@@ -578,7 +578,7 @@ def test_the_example_of_the_docs_runs(tmp_path: Path, root: Path) -> None:
 # ------------------------------------------------------------------------------- pruner
 
 
-def prune_study(losses: dict[float, float], **attributes: float) -> optuna.Study:
+def prune_study(losses: dict[float, float], **attributes: Any) -> optuna.Study:
     s = optuna.create_study(pruner=ValleyPruner())
     for lr, loss in losses.items():
         s.add_trial(
@@ -611,13 +611,38 @@ def test_only_runs_that_the_valley_has_no_use_for_are_stopped(
     assert trial.should_prune() is stopped
 
 
-def test_runs_at_another_weight_decay_are_another_valley() -> None:
-    s = prune_study({1e-3: 2.1, 3e-3: 2.0, 1e-2: 2.1, 3e-4: 2.2}, weight_decay=0.1)
-    for weight_decay, stopped in ((0.3, False), (0.1, True)):
+@pytest.mark.parametrize(
+    ("name", "value", "other"),
+    [("weight_decay", 0.1, 0.3), ("family", "adamw", "muon"), ("optimizer", "adamw", "muon"),
+     ("parametrization", "sp", "mup"), ("d_model", 64, 128)],
+)  # fmt: skip
+def test_runs_that_are_another_thing_are_another_valley(name: str, value: Any, other: Any) -> None:
+    s = prune_study({1e-3: 2.1, 3e-3: 2.0, 1e-2: 2.1, 3e-4: 2.2}, **{name: value})
+    for own, stopped in ((other, False), (value, True)):
         trial = s.ask({"lr": optuna.distributions.FloatDistribution(3e-2, 3.1e-2, log=True)})
-        trial.set_user_attr("weight_decay", weight_decay)
+        trial.set_user_attr(name, own)
         trial.report(2.5, step=10)
         assert trial.should_prune() is stopped
+
+
+def test_the_pruner_describes_runs_as_the_sampler_does() -> None:
+    """Runs that have ended carry what the sampler noted of them; those under way do not yet."""
+    made = sampler(num_startup_trials=99)
+    s = optuna.create_study(sampler=made, pruner=ValleyPruner())
+    for lr in (1e-3, 3e-3, 1e-2, 3e-4, 3e-2):
+        s.enqueue_trial({"n_active": 1e6, "lr": lr})
+
+    def ask(trial: optuna.Trial) -> float:
+        trial.suggest_categorical("n_active", [1e6])
+        loss = 2 + 0.1 * math.log(trial.suggest_float("lr", 1e-4, 1e-1, log=True) / 3e-3) ** 2
+        trial.report(loss, step=1)
+        if trial.should_prune():
+            raise optuna.TrialPruned
+        return loss
+
+    s.optimize(ask, n_trials=5)
+    assert [t.state for t in s.trials] == [TrialState.COMPLETE] * 3 + [TrialState.PRUNED] * 2
+    made.close()
 
 
 def test_with_few_lrs_nothing_is_stopped() -> None:
