@@ -16,7 +16,8 @@ and `predict` tells their best values. Runs that are proposed have no user attri
 the last two count, then the attributes that all trials so far agree on.
 
 The state is the study alone, and random numbers are keyed by (seed, trial number): a study that is
-resumed, by any process, goes on as if it had never stopped. Inference runs in a child process, so
+resumed, by any process, goes on as if it had never stopped: a run that its process left unfinished
+is proposed again. Inference runs in a child process, so
 that neither JAX nor PyMC is loaded where the trials are trained.
 """
 
@@ -27,6 +28,7 @@ import inspect
 import itertools
 import json
 import math
+import os
 import subprocess
 import sys
 import threading
@@ -54,6 +56,7 @@ from optuna.trial import FrozenTrial, TrialState
 from bayeslr.errors import SpecError
 from bayeslr.specs import COVARIATES, RunSpec, covariate_arguments
 from bayeslr.units import train_flops
+from bayeslr_runners.processes import machine_name, process_start
 
 ATTRIBUTES = ("n_active", "n_total", "tokens", "batch_tokens")
 """What must be known of every run: parameters and tokens."""
@@ -64,6 +67,7 @@ OPTIONAL = ("family", "seq_len", "param_convention", "optimizer", "schedule", "p
 
 _SLICE = (*ATTRIBUTES, *(name for name in OPTIONAL if name not in ("loss_se", "status")))
 _ASSUMED = {"family": "study", "param_convention": "non_embedding"}
+_PROCESS = "bayeslr:process"  # system attribute of a trial: who proposed it
 _MAX_CANDIDATES = 5000
 _LEVELS = 5  # of a numeric parameter other than the LR
 _TRIES = 2  # of a run that failed: the machine may be at fault once
@@ -185,6 +189,11 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
     def reseed_rng(self) -> None:
         """Nothing to do: random numbers are keyed by (seed, trial number)."""
 
+    def before_trial(self, study: optuna.Study, trial: FrozenTrial) -> None:
+        """Write down whose trial it is, for whoever finds it running when this process is dead."""
+        mine = [machine_name(), os.getpid(), process_start(os.getpid())]
+        study._storage.set_trial_system_attr(trial._trial_id, _PROCESS, mine)
+
     def infer_relative_search_space(
         self, study: optuna.Study, trial: FrozenTrial
     ) -> dict[str, BaseDistribution]:
@@ -291,6 +300,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
                 f"the trials so far share no parameter {self._lr!r} of one range, but "
                 f"{', '.join(space)}; ScalingLawSampler(lr=...) says which is the peak LR"
             )
+        trials = _without_orphans(trials)
         made = self._made(trials, space)
         options = [p for p in self._grid(space, trial.number) if self._key(p, space) not in made]
         if not options:
@@ -315,7 +325,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
             }
         )  # fmt: skip
         # What others have begun since then, knowing other runs, may be among the chosen.
-        made = self._made(study.get_trials(deepcopy=False), space)
+        made = self._made(_without_orphans(study.get_trials(deepcopy=False)), space)
         for place, reason in zip(
             reversed(reply["chosen"]), reversed(reply["reasons"]), strict=True
         ):
@@ -436,6 +446,21 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         rng = self._rng(number, "grid")
         drawn = {n: rng.integers(len(axis), size=_MAX_CANDIDATES) for n, axis in axes.items()}
         return [{n: axis[drawn[n][i]] for n, axis in axes.items()} for i in range(_MAX_CANDIDATES)]
+
+
+def _without_orphans(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Trials but for those that stay RUNNING for ever: their process, on this machine, is dead.
+
+    Of another machine's nothing can be known here; with a heartbeat Optuna itself makes them FAIL.
+    """
+
+    def is_orphan(trial: FrozenTrial) -> bool:
+        if trial.state != TrialState.RUNNING:
+            return False
+        machine, pid, started = trial.system_attrs.get(_PROCESS, ("", 0, ""))
+        return machine == machine_name() and process_start(pid) != started
+
+    return [trial for trial in trials if not is_orphan(trial)]
 
 
 def _status(trial: FrozenTrial) -> str | None:

@@ -27,12 +27,10 @@ import fcntl
 import json
 import math
 import os
-import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, final
 
@@ -46,6 +44,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from bayeslr.errors import StorageError
 from bayeslr.runner_protocol import Trial, mask_password
 from bayeslr.specs import Recipe, RunSpec, parse_recipe, recipe_document
+from bayeslr_runners.processes import machine_name, process_start
 
 SCHEMA = 1
 JOURNAL_FILE = "study.journal"
@@ -284,44 +283,16 @@ class Owner:
         """Whether the process still runs; elsewhere, whether it was seen within the lease."""
         if last_seen == 0:
             return False
-        if self.machine != _machine():
+        if self.machine != machine_name():
             return time.time() - last_seen < lease_s
-        if self.pid == os.getpid() and self.started == _process_start(self.pid):
+        if self.pid == os.getpid() and self.started == process_start(self.pid):
             return self.instance in _open_instances
-        return self.started == _process_start(self.pid)
+        return self.started == process_start(self.pid)
 
     @property
     def label(self) -> str:
         """``host:pid``."""
         return f"{self.machine.partition('/')[0]}:{self.pid}"
-
-
-@cache
-def _machine() -> str:
-    """Host name, boot and process-id namespace: within one, process ids can be compared."""
-    parts = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        parts.append(Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip())
-        parts.append(os.readlink("/proc/self/ns/pid"))
-    return "/".join(parts)
-
-
-def _process_start(pid: int) -> str:
-    """Start time of a process in clock ticks since boot; ``dead`` if there is none."""
-    try:
-        # Field 22; the command in field 2 may hold blanks and brackets (proc(5)).
-        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
-    except OSError:
-        if Path("/proc/self/stat").exists():
-            return "dead"
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return "dead"
-        except PermissionError:
-            return "alive"
-        return "alive"
-    return "dead" if fields[0] in ("Z", "X") else fields[19]
 
 
 @final
@@ -333,9 +304,9 @@ class Sweep:
         self._study_id = study_id
         self._claims_id = claims_id
         self._me = Owner(
-            machine=_machine(),
+            machine=machine_name(),
             pid=os.getpid(),
-            started=_process_start(os.getpid()),
+            started=process_start(os.getpid()),
             instance=uuid.uuid4().hex,
         )
         self._reported: dict[int, int] = {}

@@ -116,6 +116,27 @@ def test_runs_under_way_are_not_told_twice() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_what_a_killed_process_was_training_is_proposed_again(tmp_path: Path, root: Path) -> None:
+    url = f"sqlite:///{tmp_path / 's.db'}"
+    made = sampler(describe=one_model, num_startup_trials=2, command=("none",))
+    s = study(url, made)
+    s.optimize(good, n_trials=2)
+    code = (
+        "import os\n"
+        "from tests.runners.test_optuna_sampler import *\n"
+        "made = sampler(describe=one_model, num_startup_trials=2)\n"
+        "listened_to(made, chosen=[0], reasons=['best'])\n"
+        f"study({url!r}, made).optimize(lambda t: (lr_of(t), os.kill(os.getpid(), 9)), n_trials=1)"
+    )
+    for _ in range(2):
+        assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == -9
+    sent = listened_to(made, chosen=[0], reasons=["best"])
+    s.optimize(good, n_trials=1)
+    assert [t.state.name for t in s.trials] == ["COMPLETE"] * 2 + ["RUNNING"] * 2 + ["COMPLETE"]
+    assert len({p["lr"] for p in params(s)[2:]}) == 1
+    assert sent[0]["num_runs"] == 1
+
+
 def listened_to(made: ScalingLawSampler, **reply: Any) -> list[Any]:
     """The requests of a sampler, from here on, each answered with ``reply``."""
     sent: list[Any] = []

@@ -18,6 +18,7 @@ from bayeslr.errors import StorageError
 from bayeslr.runner_protocol import mask_password, spec_row
 from bayeslr.specs import Recipe, RunSpec, parse_recipe
 from bayeslr_runners import study as study_module
+from bayeslr_runners.processes import machine_name
 from bayeslr_runners.study import JOURNAL_FILE, KernelLock, Owner, Sweep, open_study
 from tests.fakes import toy_recipe
 
@@ -196,7 +197,7 @@ def test_an_owner_elsewhere_lives_as_long_as_its_lease(age: float, alive: bool) 
 
 
 def test_a_reused_process_id_is_not_the_owner() -> None:
-    owner = Owner(machine=study_module._machine(), pid=os.getppid(), started="1", instance="x")
+    owner = Owner(machine=machine_name(), pid=os.getppid(), started="1", instance="x")
     assert not owner.alive(time.time(), study_module.LEASE_SECONDS)
 
 
@@ -367,7 +368,7 @@ def test_the_slots_of_living_workers_are_counted(
     other.close()  # as if its process had ended
     assert opened.slots() == 2
     # Of processes elsewhere only their last sign of life is known.
-    monkeypatch.setattr(study_module, "_machine", lambda: "elsewhere")
+    monkeypatch.setattr(study_module, "machine_name", lambda: "elsewhere")
     assert opened.slots() == 3
     monkeypatch.setattr(study_module, "LEASE_SECONDS", 0.0)
     assert opened.slots() == 0
