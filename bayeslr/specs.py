@@ -434,6 +434,13 @@ class Recipe:
             [n for n in _field_names(RunSpec) if n not in _SET_BY_SWEEP],
             f"recipe {self.name}, [run]",
         )
+        multipliers = self.options.get("lr_multipliers", {})
+        _require(
+            isinstance(multipliers, Mapping)
+            and all(isinstance(m, int | float) and 0 < m < math.inf for m in multipliers.values()),
+            f"recipe {self.name}, [options]: lr_multipliers must be a table of numbers > 0 by "
+            f"module group, as the run table takes no others, got {multipliers!r}",
+        )
 
 
 _SET_BY_SWEEP = (

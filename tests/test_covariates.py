@@ -278,6 +278,7 @@ def test_what_a_table_measured_beside_the_lr_is_no_candidate_again() -> None:
         ({"space__lr_multipliers": {"router": [0.0]}}, "lr_multiplier_router"),
         ({"space__weight_decay": [0.1, -1]}, "weight_decay"),
         ({"space__lr_multipliers": [2.0]}, "table of lists"),
+        ({"options__lr_multipliers": {"router": 0.0}}, r"\[options\]: lr_multipliers must be"),
     ],
 )
 def test_what_cannot_be_tried_is_refused(changes: dict[str, Any], told: str) -> None:

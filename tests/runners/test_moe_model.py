@@ -254,6 +254,7 @@ def test_a_missing_width_is_named() -> None:
         ({"data": "path"}, "path goes with data = 'path'"),
         ({"threads": 0}, "threads must be finite and >= 1, got 0"),
         ({"lr_multipliers": {"heads": 2.0}}, "lr_multipliers, group must be one of"),
+        ({"lr_multipliers": {"router": 0.0}}, "lr_multipliers.router must be > 0"),
         ({"horizon_exponent": -0.3}, "needs base_tokens"),
     ],
 )

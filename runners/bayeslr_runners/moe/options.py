@@ -101,8 +101,8 @@ class ScalingOptions:
     def __post_init__(self) -> None:
         for group, value in self.lr_multipliers.items():
             _one_of("lr_multipliers, group", group, GROUPS)
-            if not (math.isfinite(value) and value >= 0):
-                raise SpecError(f"options: lr_multipliers.{group} must be >= 0, got {value!r}")
+            if not (math.isfinite(value) and value > 0):
+                raise SpecError(f"options: lr_multipliers.{group} must be > 0, got {value!r}")
         if self.horizon_exponent and self.base_tokens is None:
             raise SpecError(
                 f"options: horizon_exponent = {self.horizon_exponent} needs base_tokens, "
