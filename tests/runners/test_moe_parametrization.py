@@ -230,6 +230,29 @@ def test_weight_decay_kinds(kind: str, lr: float, shrinks_by: float) -> None:
     torch.testing.assert_close(module.weight.detach(), before * (1 - shrinks_by))
 
 
+@pytest.mark.parametrize(("kind", "ratio"), [("coupled", 4.0), ("independent", 1.0)])
+def test_a_tuned_multiplier_leaves_independent_decay_alone(kind: str, ratio: float) -> None:
+    module = nn.ModuleDict({"router": nn.Linear(4, 4), "attention": nn.Linear(4, 4)})
+    groups = param_groups(
+        module, {"router.*": "router", "*": "attention"},
+        rules("mup", raw(256), raw(), lr_multipliers={"router": 4.0}), lr=0.1, weight_decay=0.2,
+        weight_decay_kind=kind,
+    )  # fmt: skip
+    by_name = {group["group"]: group["lr"] * group["weight_decay"] for group in groups}
+    assert by_name["router"] / by_name["attention"] == pytest.approx(ratio)
+
+
+def test_independent_decay_follows_the_horizon_as_its_source_does() -> None:
+    """complete_mue scales LR and decay each by the root of rho_B / rho_D."""
+    found = rules("complete_mue", raw(), raw(), tokens=4e6, base_tokens=1e6, batch_tokens=16,
+                  base_batch_tokens=16)  # fmt: skip
+    groups = param_groups(
+        nn.Linear(4, 4), {"*": "router"}, found, lr=0.1, weight_decay=0.2,
+        weight_decay_kind="independent",
+    )  # fmt: skip
+    assert groups[0]["lr"] * groups[0]["weight_decay"] == pytest.approx(0.2 / 4)
+
+
 # The check itself. Vocabulary of 16: with more tokens than columns, the tokens' updates interfere
 # at the small widths and every slope is a little negative.
 CHECK: dict[str, Any] = {

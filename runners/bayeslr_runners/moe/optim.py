@@ -29,9 +29,10 @@ def param_groups(
 
     naming: patterns of parameter names (as in `fnmatch`) to module groups; the first match counts.
     weight_decay: with ``coupled`` a step shrinks weights by LR x weight_decay, as PyTorch does;
-    with ``independent`` by weight_decay x (LR / peak LR), whatever the LR. The LR rule of a group
-    changes the coupled shrinkage and its weight-decay rule makes up for it, so the independent one
-    follows the product of the two.
+    with ``independent`` by weight_decay x (LR / peak LR), whatever the LR and the tuned multiplier
+    of a group. The LR rule of a group changes the coupled shrinkage and its weight-decay rule makes
+    up for it, so the independent one follows the product of the two: 1 over width, and what the
+    sources' own rules make it over depth and horizon (``complete_mue``: rho_B / rho_D).
     Raises: SpecError if a parameter's name matches no pattern.
     """
     found: dict[str, list[nn.Parameter]] = {}
@@ -42,7 +43,7 @@ def param_groups(
         rule = rules.groups[group]
         decay = weight_decay * rule.weight_decay
         if weight_decay_kind == "independent":
-            decay /= lr
+            decay /= lr * rule.lr_multiplier
         groups.append(
             {
                 "params": parameters,

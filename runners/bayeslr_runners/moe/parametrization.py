@@ -48,10 +48,12 @@ class GroupRule:
     """What one module group gets. ``init_std`` is absolute, the rest multiply the base value.
 
     ``weight_decay`` multiplies the coefficient of decay coupled to the LR (as in PyTorch's AdamW).
+    ``lr_multiplier`` is what of ``lr`` was tuned, and is no rule.
     """
 
     init_std: float
     lr: float = 1.0
+    lr_multiplier: float = 1.0
     weight_decay: float = 1.0
     eps: float = 1.0
     output: float = 1.0
@@ -131,13 +133,10 @@ def parametrization(
     if exponent is None:
         exponent = -0.5 if name == "complete_mue" else 0.0
     horizon = ratios.tokens**exponent
-    groups = {
-        group: replace(
-            rules.groups[group],
-            lr=rules.groups[group].lr * horizon * scaling.lr_multipliers.get(group, 1.0),
-        )
-        for group in GROUPS
-    }
+    groups = {}
+    for group in GROUPS:
+        rule, tuned = rules.groups[group], scaling.lr_multipliers.get(group, 1.0)
+        groups[group] = replace(rule, lr=rule.lr * horizon * tuned, lr_multiplier=tuned)
     return replace(rules, groups=groups)
 
 
