@@ -75,6 +75,11 @@ def test_show_takes_horizon_and_batch() -> None:
         (["--parametrization", "magic"], "parametrization must be one of sp, mup"),
         (["--option", "speed=3"], "unknown key 'speed'"),
         (["--lr", "0"], "--lr must be > 0"),
+        (["--target", "tokens=4M"], "target has tokens .4000000. but the base has none"),
+        (
+            ["--base", BASE + ",tokens=1M", "--target", "tokens=4M,batch_tokens=64K"],
+            "target has batch_tokens",
+        ),
     ],
 )
 def test_what_show_cannot_use_is_said(words: list[str], message: str) -> None:

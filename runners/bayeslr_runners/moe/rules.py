@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from bayeslr.errors import SpecError
 from bayeslr_runners.moe.options import ScalingOptions
 from bayeslr_runners.moe.parametrization import SOURCES, parametrization
 from bayeslr_runners.moe.shapes import MoeShape
@@ -22,7 +23,8 @@ def transfer_rules(
     of horizon and batch are wanted. What ``target`` leaves out is as in ``base``, but for the
     number of heads and the expert width, which follow d_model.
     Returns: JSON values. ``init_std`` is absolute; LR, weight decay (coupled to the LR), epsilon
-    and output are multipliers of the base's. Raises: SpecError if a key or a rule is broken.
+    and output are multipliers of the base's. Raises: SpecError if a key or a rule is broken, or the
+    tokens or batch of the target have none to be compared with.
     """
     base_shape = MoeShape.from_mapping(_shape_part(base))
     full_target = completed(base, target)
@@ -32,6 +34,12 @@ def transfer_rules(
         base_tokens=base.get("tokens", scaling.base_tokens),
         base_batch_tokens=base.get("batch_tokens", scaling.base_batch_tokens),
     )
+    for key in RUN_KEYS:
+        if key in target and getattr(scaling, f"base_{key}") is None:
+            raise SpecError(
+                f"the target has {key} ({target[key]}) but the base has none, so what depends on "
+                f"their ratio cannot be told; give the {key} at which the LR was tuned in the base"
+            )
     shape = MoeShape.from_mapping(_shape_part(full_target))
     at_base, at_target = (
         parametrization(
