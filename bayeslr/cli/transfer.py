@@ -230,7 +230,7 @@ def _rule_lines(rules: Mapping[str, Any], lr: float | None) -> list[str]:
     for group, rule in rules["groups"].items():
         rate = format_lr(lr * rule["lr"]) if lr else f"{rule['lr']:.4g}"
         stds = (rule["init_std"], rule["base_init_std"])
-        first, at_base = ("gain 1", "gain 1") if group == "norm" else (f"{s:.4g}" for s in stds)
+        first, at_base = ("gain 1", "gain 1") if "norm" in group else (f"{s:.4g}" for s in stds)
         lines.append(
             f"{group:12s} {first:>9s} {at_base:>9s} {rate:>9s} "
             f"{rule['weight_decay']:9.4g} {rule['eps']:9.4g} {rule['output']:9.4g}"

@@ -57,7 +57,7 @@ def test_update_ratio_is_that_of_the_step_that_was_taken() -> None:
     before = {group.name: group.weights.clone() for group in trainer.optimizer.groups}
     trainer.step(3, 0.5)
     ratios = trainer.measure()[0].diagnostics["update_ratio"]
-    assert set(ratios) == set(GROUPS)
+    assert set(ratios) == {*GROUPS, "final_norm"}
     for group in trainer.optimizer.groups:
         moved = (group.weights - before[group.name]).norm() / group.weights.norm()
         assert ratios[group.name] == pytest.approx(moved.item(), rel=1e-3), group.name

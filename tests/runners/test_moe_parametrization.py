@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from bayeslr.errors import SpecError
+from bayeslr.errors import SpecError, StorageError
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe import parametrization as table
 from bayeslr_runners.moe.coordinates import Change, activation_changes, slopes
@@ -42,10 +42,10 @@ def rules(
 @pytest.mark.parametrize("name", PARAMETRIZATIONS)
 def test_every_parametrisation_keeps_lr_decay_and_epsilon_at_the_base(name: str) -> None:
     found = rules(name, raw(), raw())
-    assert set(found.groups) == set(GROUPS)
+    assert set(found.groups) == {*GROUPS, "final_norm"}
     for group, rule in found.groups.items():
         assert (rule.lr, rule.eps) == (1, 1), group
-        assert rule.weight_decay == (0 if group == "norm" else 1), group
+        assert rule.weight_decay == (0 if "norm" in group else 1), group
     assert found.residual == 1
     assert found.attention_scale == 16**-0.5
 
@@ -85,7 +85,15 @@ def test_completep_at_four_times_the_depth() -> None:
     half = rules("completep", raw(n_layers=8), raw(), depth_exponent=0.5)
     assert half.residual == 1 / 2
     assert half.groups["attention"].lr == pytest.approx(1 / 2)
-    assert half.groups["head"].lr == 1
+    assert half.groups["norm"].lr == pytest.approx(1 / 2)
+    assert (half.groups["head"].lr, half.groups["final_norm"].lr) == (1, 1)
+
+
+def test_norms_in_blocks_follow_the_hidden_epsilon_and_the_final_one_does_not() -> None:
+    """Source: 2505.01618, table 1."""
+    found = rules("completep", raw(256, n_layers=8), raw())
+    assert found.groups["norm"].eps == found.groups["attention"].eps == 1 / 16
+    assert found.groups["final_norm"].eps == 1
 
 
 def test_fixed_sparsity_expert_rules() -> None:
@@ -127,13 +135,17 @@ def test_complete_mue_worked_example() -> None:
 @pytest.mark.parametrize(("exponent", "factor"), [(-0.5, 0.5), (-0.3, 4**-0.3), (0.0, 1.0)])
 def test_horizon_exponent(exponent: float, factor: float) -> None:
     found = rules("sp", raw(), raw(), tokens=4e6, base_tokens=1e6, horizon_exponent=exponent)
-    assert [rule.lr for rule in found.groups.values()] == pytest.approx([factor] * len(GROUPS))
+    assert [rule.lr for rule in found.groups.values()] == pytest.approx(
+        [factor] * (len(GROUPS) + 1)
+    )
 
 
 def test_lr_multipliers_are_per_group() -> None:
     found = rules("sp", raw(), raw(), lr_multipliers={"router": 0.5})
     assert found.groups["router"].lr == 0.5
     assert found.groups["head"].lr == 1
+    norms = rules("sp", raw(), raw(), lr_multipliers={"norm": 0.5}).groups
+    assert norms["norm"].lr == norms["final_norm"].lr == 0.5
 
 
 def test_param_groups_of_any_module() -> None:
@@ -172,7 +184,8 @@ def test_every_parameter_of_the_model_has_the_right_group() -> None:
         "router": layers * 4 * d,
         "expert_up": layers * 5 * 2 * d * d,
         "expert_down": layers * 5 * d * d,
-        "norm": layers * (2 * d + 2 * 16) + d,
+        "norm": layers * (2 * d + 2 * 16),
+        "final_norm": d,
     }
 
 
@@ -211,6 +224,17 @@ def test_our_adamw_equals_pytorchs() -> None:
         reference.step()
     for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_weights_of_other_module_groups_are_not_restored() -> None:
+    optimizer = AdamW(
+        param_groups(nn.Linear(4, 4), {"weight": "attention", "bias": "norm"},
+                     rules("sp", raw(), raw()), lr=0.1, weight_decay=0.0), beta1=0.9, beta2=0.95,
+    )  # fmt: skip
+    state = optimizer.state()
+    del state["groups"]["norm"]
+    with pytest.raises(StorageError, match=r"holds attention, not the module groups .* delete it"):
+        optimizer.restore(state)
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ from bayeslr_runners.moe.shapes import MoeShape
 NAMING = {
     "embedding": "embedding",
     "head": "head",
+    "norm.*": "final_norm",
     "*norm*": "norm",
     "*attention.*": "attention",
     "*router": "router",
@@ -273,7 +274,7 @@ class MoeTransformer(nn.Module):
             for one, generator in zip(
                 parameter if self.members else [parameter], generators, strict=True
             ):
-                if group == "norm":
+                if group in ("norm", "final_norm"):
                     one.fill_(1.0)
                 else:
                     one.normal_(0.0, std, generator=generator)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
-from bayeslr.errors import SpecError
+from bayeslr.errors import SpecError, StorageError
 from bayeslr_runners.moe.parametrization import Parametrization
 
 
@@ -182,9 +182,17 @@ class AdamW:
 
     @torch.no_grad()
     def restore(self, state: dict[str, Any], member: int | None = None) -> None:
-        """Inverse of `state`; the model's weights change with it."""
+        """Inverse of `state`; the model's weights change with it.
+
+        Raises: StorageError if an earlier version, with other module groups, saved it.
+        """
         self.num_steps = state["num_steps"]
         self.lr_factor = state.get("lr_factor", 0.0)
+        if state["groups"].keys() != {group.name for group in self.groups}:
+            raise StorageError(
+                f"the checkpoint holds {', '.join(state['groups'])}, not the module groups of this "
+                "version; delete it (checkpoint.pt, trunk.pt) to train the run from its start"
+            )
         for group in self.groups:
             for key, saved in state["groups"][group.name].items():
                 group.saved(key, member).copy_(saved)

@@ -12,12 +12,14 @@ attention          d^-1/2, 1/m_N, m_N, 1/m_N               the same
 router             m_N^-1/2, 1/m_N, m_N, 1/m_N             m_N^-1, 1/m_N, m_N, 1/m_N
 expert up, gate    d^-1/2, 1/m_N, m_N, 1/m_N               the same
 expert down        F^-1/2, 1/m_F, m_F, 1/m_N               d^1/2 / F, 1/m_F, m_F, 1/m_N
-norm               1, 1, none, 1                           the same
+norm in a block    1, 1, none, 1/m_N                       the same
+final norm         1, 1, none, 1                           the same
 head               const, 1, 1, 1; output x 1/m_N          the same
 residual branch    completep: x m_L^-a                     x 1/m_L; routed sum x 1/top_k
 ================== ======================================= ====================================
 
-``completep`` also multiplies LR by m_L^(a-1) and epsilon by m_L^-a inside the blocks.
+``completep`` also multiplies LR by m_L^(a-1) and epsilon by m_L^-a inside the blocks. The norm
+before the head has rules of its own, and the LR multiplier of the others.
 ``complete_mue`` (2605.23893): LR 1/m_N and std m_N^-1/2 for every matrix; with H the active expert
 width, expert down has std H^1/2 / d and its output is multiplied by d / H; sigmoid gates normalised
 over the chosen experts, routed sum x top_k; LR and weight decay x sqrt(rho_B / rho_D), epsilon and
@@ -32,7 +34,7 @@ from dataclasses import dataclass, replace
 
 from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
-from bayeslr_runners.moe.options import GROUPS, Options, ScalingOptions
+from bayeslr_runners.moe.options import Options, ScalingOptions
 from bayeslr_runners.moe.shapes import MoeShape
 
 # Std of the embedding, as in the standard parametrisation of Everett et al. 2024. With the 0.02 of
@@ -61,7 +63,7 @@ class GroupRule:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Parametrization:
-    """Rules of every group, with what belongs to no single group.
+    """Rules of every group and of ``final_norm``, with what belongs to no single group.
 
     ``residual`` multiplies what a block's attention and experts add to the stream, ``route_scale``
     the gated sum over a token's routed experts.
@@ -134,8 +136,8 @@ def parametrization(
         exponent = -0.5 if name == "complete_mue" else 0.0
     horizon = ratios.tokens**exponent
     groups = {}
-    for group in GROUPS:
-        rule, tuned = rules.groups[group], scaling.lr_multipliers.get(group, 1.0)
+    for group, rule in rules.groups.items():
+        tuned = scaling.lr_multipliers.get("norm" if group == "final_norm" else group, 1.0)
         groups[group] = replace(rule, lr=rule.lr * horizon * tuned, lr_multiplier=tuned)
     return replace(rules, groups=groups)
 
@@ -166,6 +168,7 @@ def _sp(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:
             "expert_up": GroupRule(init_std=shape.d_model**-0.5),
             "expert_down": GroupRule(init_std=shape.d_expert**-0.5),
             "norm": GroupRule(init_std=0.0, weight_decay=0.0),
+            "final_norm": GroupRule(init_std=0.0, weight_decay=0.0),
             "head": GroupRule(init_std=LOGIT_STD * shape.d_model**-0.5),
         },
         attention_scale=shape.d_head**-0.5,
@@ -185,6 +188,7 @@ def _mup(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:
         "expert_down": replace(
             base.groups["expert_down"], lr=1 / expert, weight_decay=expert, eps=1 / width
         ),
+        "norm": replace(base.groups["norm"], eps=1 / width),
         "head": replace(
             base.groups["head"],
             init_std=LOGIT_STD * ratios.base.d_model**-0.5,
@@ -241,7 +245,7 @@ def _complete_mue(ratios: _Ratios, scaling: ScalingOptions) -> Parametrization:
             rule,
             # The tokens' part of the LR rule, rho_D^-1/2, is the horizon exponent.
             lr=(1 / width if is_hidden else rule.lr) * ratios.batch**0.5,
-            weight_decay=0.0 if name == "norm" else steps**0.5,
+            weight_decay=steps**0.5 if rule.weight_decay else 0.0,
             eps=rule.eps * steps**-0.5,
         )
     groups["expert_down"] = replace(
