@@ -82,6 +82,15 @@ def test_held_out_models_were_trained_at_and_around_the_choices(finished: Compar
         assert cell.complete
 
 
+def test_no_arm_is_judged_on_seeds_that_it_was_tuned_on(finished: Comparison) -> None:
+    frame = finished.runs.frame
+    is_held_out = frame["run_id"].str.contains("held-out")
+    seeds, proxies = set(frame["seed"][is_held_out]), set(frame["seed"][~is_held_out])
+    assert len(seeds) == finished.recipe.num_seeds
+    assert len(proxies) > 1
+    assert not seeds & proxies
+
+
 def test_each_paradigm_trains_under_its_own_rules(finished: Comparison) -> None:
     frame = finished.runs.frame
     held_out = frame[frame["run_id"].str.contains("held-out")]

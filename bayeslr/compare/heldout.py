@@ -24,6 +24,10 @@ A tenth of an octave off the optimum costs 1e-4 nats at the curvature of publish
 (0.03 nats per squared ln LR, 2503.04715), a tenth of the seed noise of a final loss.
 """
 
+FIRST_SEED = 1000
+"""Seed of the first held-out run, over the comparison's own: far above those of all proxies, so
+that no arm is judged on data orders that it was tuned on."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Place:
@@ -100,7 +104,7 @@ def held_out_runs(
             due = due_run(
                 named, runner, {"name": target.target_id, **shapes[place.target_id]},
                 lr=place.lr, tokens=int(target.tokens), batch_tokens=int(target.batch_tokens),
-                seed=recipe.seed + number, multipliers=place.arm.multipliers,
+                seed=recipe.seed + FIRST_SEED + number, multipliers=place.arm.multipliers,
                 reason=f"{place.target_id} under {place.variant}, near the choice of "
                 f"{place.around}",
             )  # fmt: skip

@@ -91,7 +91,9 @@ class CompareRecipe:
 
     @property
     def seed(self) -> int:
-        """Seed of fits and designs; proxies and held-out runs count their own up from it."""
+        """Seed of fits and designs. Proxies of transfer count theirs up from it, held-out runs from
+        far above it.
+        """
         return self.fitting.seed
 
     @property
