@@ -458,7 +458,7 @@ def _without_orphans(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
         if trial.state != TrialState.RUNNING:
             return False
         machine, pid, started = trial.system_attrs.get(_PROCESS, ("", 0, ""))
-        return machine == machine_name() and process_start(pid) != started
+        return bool(machine == machine_name() and process_start(pid) != started)
 
     return [trial for trial in trials if not is_orphan(trial)]
 
