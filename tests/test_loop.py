@@ -20,6 +20,7 @@ from bayeslr import loop
 from bayeslr.cli.data import quarantine_path
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.loop import SweepResult, describe, find_recipe, open_recipe, open_status, to_toml
+from bayeslr.loop.ending import train_target
 from bayeslr.loop.status import status_lines
 from bayeslr.loop.validation import validate
 from bayeslr.runner_protocol import Trial
@@ -519,6 +520,16 @@ def test_the_target_itself_is_trained_and_judged(tmp_path: Path) -> None:
     assert "validation" not in "".join(finished_runs(tmp_path))
     again, _ = sweep(tmp_path, sweep__validate_target=True)
     assert again.validation == checked
+    # After more runs another LR is recommended: it is checked by runs of its own.
+    moved = again.predictions.assign(lr=3.0 * checked.lr)
+    runner, lines = loop.find_runner(again.recipe), []
+    anew = train_target(
+        dataclasses.replace(again, predictions=moved), runner, None,
+        lambda line, transient=False: lines.append(line),
+    )  # fmt: skip
+    assert anew.lr == pytest.approx(3.0 * checked.lr, rel=1e-4)
+    assert [round(lr / anew.lr, 3) for lr in anew.lrs] == [0.5, 1.0, 2.0]
+    assert sum("of budget" in line for line in lines) == 3
 
 
 def verdict(losses: dict[float, float | None], low: float = 5e-3, high: float = 2e-2) -> Any:
@@ -530,7 +541,7 @@ def verdict(losses: dict[float, float | None], low: float = 5e-3, high: float = 
         rows = [] if loss is None else [{"tokens": 1, "loss": loss, "status": "ok"}]
         state = "diverged" if loss is None else "ok"
         trials.append(Trial(number=0, spec=run, state=state, flops=1.0, records=rows))
-    return validate(trials, {"target_id": "t", "lr_q05": low, "lr_q95": high})
+    return validate(trials, {"target_id": "t", "lr": 1e-2, "lr_q05": low, "lr_q95": high})
 
 
 def parse_spec(spec: Any, lr: float) -> Any:

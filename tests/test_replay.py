@@ -307,6 +307,17 @@ def test_a_truth_without_a_target_is_refused(tmp_path: Path, truth: pd.DataFrame
 
 
 @pytest.mark.usefixtures("quick_fit")
+def test_a_truth_without_a_valley_is_refused(tmp_path: Path, truth: pd.DataFrame) -> None:
+    files(tmp_path, truth)
+    targets, path = read_targets(tmp_path / "targets.csv"), tmp_path / "truth.csv"
+    pd.concat([truth, truth.iloc[:1]]).to_csv(path, index=False)
+    with pytest.raises(DataError, match="two finished runs at lr"):
+        library.read_truth(path, targets)
+    truth.iloc[len(LRS) - 1 :].to_csv(path, index=False)
+    with pytest.raises(DataError, match="has 1 finished run; a valley"):
+        library.read_truth(path, targets)
+
+
 def test_the_targets_that_were_asked_for_are_scored(tmp_path: Path, truth: pd.DataFrame) -> None:
     words = files(tmp_path, truth)
     targets = pd.read_csv(tmp_path / "targets.csv").iloc[:1].assign(target_id=7)

@@ -94,6 +94,30 @@ def test_lines_that_are_no_record_are_counted() -> None:
     assert (len(rows), len(broken)) == (1, 3)
 
 
+@pytest.mark.parametrize("tokens", ["NaN", "Infinity", "-1"])
+def test_tokens_are_a_count(tokens: str) -> None:
+    rows, (why,) = parse_rows(SPEC, f'{{"tokens": {tokens}, "loss": 3.5}}'.encode())
+    assert not rows
+    assert why.startswith("tokens must be a count")
+
+
+def test_of_records_a_batch_apart_the_nearest_ends_a_horizon(tmp_path: Path) -> None:
+    """A trainer that logs each step; the spec's batch is ten tokens."""
+    steps = [{"tokens": t, "loss": 3.0} for t in range(10, 1001, 10)]
+    record(tmp_path, *steps)
+    verdict = judge(SPEC, tmp_path)
+    ends = [(r["tokens"], r["planned_tokens"]) for r in verdict.rows if r["status"] == "ok"]
+    assert (verdict.state, ends) == ("ok", [(500, 500), (1000, 1000)])
+    record(tmp_path, *steps[:-1])
+    assert judge(SPEC, tmp_path, failure="killed by SIGKILL", preempted=True).state == "lost"
+
+
+def test_a_run_of_whole_batches_that_ended_by_itself_is_whole(tmp_path: Path) -> None:
+    record(tmp_path, {"tokens": 493, "loss": 3.0}, {"tokens": 991, "loss": 2.5})
+    assert judge(SPEC, tmp_path).state == "failed"
+    assert judge(SPEC, tmp_path, ended=True).state == "ok"
+
+
 def test_a_line_without_a_loss_says_nothing_of_the_run(tmp_path: Path) -> None:
     record(
         tmp_path, {"tokens": 100, "lr": 1e-3}, {"tokens": 500, "loss": 3.0},

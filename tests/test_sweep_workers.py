@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import os
 import pwd
@@ -17,7 +18,9 @@ import pytest
 
 pytest.importorskip("optuna")
 
-from bayeslr.loop import open_status
+from bayeslr.loop import find_runner, open_status
+from bayeslr.space import start_design
+from bayeslr.specs import parse_recipe
 from bayeslr_runners.study import open_study
 from tests.fakes import finished_runs, toy_recipe, write_recipe
 
@@ -126,4 +129,17 @@ def test_workers_share_a_postgresql_study(postgres: str, tmp_path: Path, root: P
     assert status["runs"] == {"ok": len(finished_runs(tmp_path / "out", storage=postgres))}
     study = open_study(postgres, "toy", tmp_path, None)
     assert len({t.owner for t in study.trials()}) >= 2
+    study.close()
+
+
+def test_a_postgresql_study_takes_losses_of_long_runs(postgres: str, tmp_path: Path) -> None:
+    recipe = parse_recipe(toy_recipe(sweep__budget_flops=1e30))
+    study = open_study(postgres, "long", tmp_path, recipe)
+    spec = start_design(recipe, find_runner(recipe))[0].spec
+    long = dataclasses.replace(spec, tokens=10**11, decay_at=(10**11,))
+    trial = study.ask(long, flops=1.0, reason="why not")
+    assert trial is not None
+    study.report(trial.number, tokens=4 * 10**9, loss=3.0)
+    (raw,) = study._raw(study._study_id)
+    assert raw.intermediate_values == {4_000_000: 3.0}  # in thousands
     study.close()

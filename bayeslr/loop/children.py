@@ -156,7 +156,9 @@ class Child:
     def verdict(self) -> Verdict:
         """How the ended process left the run."""
         failure, preempted = self.process.failure()
-        return judge(self.spec, self.run_dir, failure=failure, preempted=preempted)
+        return judge(
+            self.spec, self.run_dir, failure=failure, preempted=preempted, ended=not failure
+        )
 
     def leave_out(self) -> None:
         """Ask the process to go on without this run (`StackRunner`)."""
@@ -192,16 +194,19 @@ def _launched(folders: Sequence[Path], command: Sequence[str]) -> list[str]:
 
 
 def parse_rows(
-    spec: RunSpec, content: bytes, *, recorded: bool = False
+    spec: RunSpec, content: bytes, *, recorded: bool = False, ended: bool = False
 ) -> tuple[list[dict[str, Any]], list[str]]:
     """Rows of the run table from the child's JSON lines, and why each other line is no record.
 
     A record needs ``tokens`` and ``loss``; the spec fills in what it leaves out. A loss that is
-    null or not finite means divergence, a line without one means nothing. recorded: the lines are
+    null or not finite means divergence, a line without one means nothing. One that does not say
+    what it is ends a horizon if it is the nearest to it, by half a batch at most; a whole one where
+    the run has ``ended`` by itself, for trainers count whole batches. recorded: the lines are
     those of a `RecordedRunner`, which answers with other runs of the cell, at LRs of their own.
     """
     rows: list[dict[str, Any]] = []
     broken: list[str] = []
+    untold: list[dict[str, Any]] = []
     common = spec_row(spec)
     fixed = {} if recorded else {name: common[name] for name in _IDENTITY if name in common}
     for line in content.splitlines():
@@ -216,12 +221,22 @@ def parse_rows(
             broken.append(str(error))
             continue
         finite = math.isfinite(loss)
-        status = record.get("status") or _implied_status(spec, tokens, finite)
+        status = record.get("status") or "partial"
         if not finite and status in ("ok", "partial"):
             status = "diverged"
         planned = {"planned_tokens": tokens} if status == "ok" else {}
         measured = {"tokens": tokens, "loss": loss if finite else None, "status": status}
         rows.append({**common, **planned, **record, **fixed, **measured})
+        if finite and not record.get("status"):
+            untold.append(rows[-1])
+    within = spec.batch_tokens / (1 if ended else 2)
+    for horizon in spec.decay_at:
+        near = {row["tokens"] for row in untold if abs(row["tokens"] - horizon) <= within}
+        if near and not _measured(spec, rows, horizon):
+            end = min(near, key=lambda tokens: (abs(tokens - horizon), -tokens))
+            for row in untold:
+                if row["tokens"] == end:
+                    row |= {"status": "ok", "planned_tokens": end}
     return rows, broken
 
 
@@ -231,6 +246,8 @@ def _require_record(record: Any) -> None:
         raise ValueError("a record is a JSON object")
     if record.get("tokens") is None:
         raise ValueError("a record has tokens")
+    if not 0.0 <= float(record["tokens"]) < math.inf:
+        raise ValueError(f"tokens must be a count, got {record['tokens']!r}")
     if (status := record.get("status")) and status not in STATUSES:
         raise ValueError(f"status {status!r} is none of {', '.join(STATUSES)}")
     # Recorded divergences have no loss, and say what they are.
@@ -244,6 +261,7 @@ def judge(
     *,
     failure: str = "",
     preempted: bool = False,
+    ended: bool = False,
     recorded: bool = False,
 ) -> Verdict:
     """Verdict from the records of a run whose child has ended (or was never started).
@@ -254,12 +272,14 @@ def judge(
         How the process broke, if it did; records that are complete outweigh it.
     preempted
         Whether it was ended from outside, which says nothing about the run.
+    ended
+        Whether it is known to have ended by itself, as it should.
     recorded
         Whether a `RecordedRunner` answered for it.
     """
     path = run_dir / RECORDS_FILE
     content = path.read_bytes() if path.exists() else b""
-    rows, broken = parse_rows(spec, content, recorded=recorded)
+    rows, broken = parse_rows(spec, content, recorded=recorded, ended=ended or recorded)
     # A resumed child repeats its last checkpoint: the later row stands.
     rows = list({(r["run_id"], r["tokens"], r["status"]): r for r in rows}.values())
     rows.sort(key=lambda r: (r["tokens"], r["status"]))
@@ -345,15 +365,8 @@ def write_rows(run_dir: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     (run_dir / RECORDS_FILE).write_text(text, encoding="utf-8")
 
 
-def _implied_status(spec: RunSpec, tokens: float, finite: bool) -> str:
-    if not finite:
-        return "diverged"
-    at_end = any(abs(tokens - t) <= spec.batch_tokens for t in spec.decay_at)
-    return "ok" if at_end else "partial"
-
-
 def _measured(spec: RunSpec, rows: Sequence[Mapping[str, Any]], tokens: int) -> bool:
-    # Trainers count whole batches: one batch more or less is the same horizon.
+    # One batch more or less is the same horizon.
     return any(r["status"] == "ok" and abs(r["tokens"] - tokens) <= spec.batch_tokens for r in rows)
 
 

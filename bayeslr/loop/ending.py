@@ -14,7 +14,13 @@ from typing import TYPE_CHECKING
 from bayeslr.errors import DataError, UntrustworthyFit
 from bayeslr.loop.early import EarlyEnds, early_ends
 from bayeslr.loop.planning import table_of
-from bayeslr.loop.validation import Validation, validate, validation_runs, validation_summary
+from bayeslr.loop.validation import (
+    Validation,
+    near_lr,
+    validate,
+    validation_runs,
+    validation_summary,
+)
 from bayeslr.loop.worker import Due, Progress, Stop, Worker
 from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point
 from bayeslr.runs import first_reasons, write_atomically
@@ -154,17 +160,23 @@ def train_target(
     if not math.isfinite(float(prediction["lr"])):
         raise UntrustworthyFit(str(result.posterior.info["verdict"]))
     runs = validation_runs(recipe, runner, target, float(prediction["lr"]))
-    flops = math.fsum(run.flops for run in runs)
-    progress(validation_summary(recipe, target, flops))
+    progress(validation_summary(recipe, target, math.fsum(run.flops for run in runs)))
     own = dataclasses.replace(
-        recipe, name=f"{recipe.name}.validation", budget_flops=flops, max_runs=len(runs)
-    )
+        recipe, name=f"{recipe.name}.validation", max_runs=None,
+        budget_flops=math.fsum(run.flops for run in runs),
+    )  # fmt: skip
     study: Study = find_entry_point("bayeslr.studies", "optuna")(storage, own.name, out, own)
 
-    def plan(_: Sequence[Trial], batch: int) -> list[Due] | Stop:
-        return Stop(kind="done", reason="the target's runs have ended") if batch else runs
+    def plan(trials: Sequence[Trial], _: int) -> list[Due] | Stop:
+        # After more runs another LR may be recommended: what was checked stands, the rest follows.
+        missing = [run for run in runs if not near_lr(run.spec.lr, trials)]
+        return missing or Stop(kind="done", reason="the target's runs have ended")
 
     try:
+        if (trials := study.trials()) and isinstance(missing := plan(trials, 0), list):
+            budget = math.fsum([t.flops for t in trials] + [run.flops for run in missing])
+            study.set_recipe(dataclasses.replace(own, budget_flops=budget))
+            study.set_note("stop", None)
         worker = Worker(
             study, runner, out / "runs", slots=recipe.workers, plan=plan, progress=progress
         )

@@ -169,7 +169,7 @@ class Planner:
 def rows_of(trials: Sequence[Trial]) -> list[dict[str, Any]]:
     """Records of the ended trials, in an order that does not depend on when they ended."""
     rows = [dict(row) for t in trials if t.finished for row in t.records]
-    return sorted(rows, key=lambda r: (r["run_id"], r["tokens"], r["status"]))
+    return sorted(rows, key=lambda r: (r["run_id"], r["tokens"] or 0.0, r["status"]))
 
 
 def table_of(trials: Sequence[Trial], recipe: Recipe) -> RunTable:

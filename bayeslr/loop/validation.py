@@ -17,6 +17,8 @@ from bayeslr.units import format_flops, format_interval, format_lr, format_quant
 
 MULTIPLES = (1.0, 0.5, 2.0)
 
+_NEAR = 0.1 * math.log(2.0)  # A tenth of an octave costs a tenth of the seed noise of a loss.
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Validation:
@@ -112,12 +114,22 @@ def validation_runs(recipe: Recipe, runner: Runner, target: Target, lr: float) -
     return due
 
 
+def near_lr(lr: float, trials: Sequence[Trial]) -> list[Trial]:
+    """Runs, made or planned, within a tenth of an octave of an LR."""
+    return [t for t in trials if not t.void and abs(math.log(t.spec.lr / lr)) < _NEAR]
+
+
 def validate(trials: Sequence[Trial], prediction: Mapping[str, Any]) -> Validation:
-    """Verdict on a prediction (a row of the predictions table) from the ended runs."""
-    trials = sorted((t for t in trials if not t.void), key=lambda t: t.spec.lr)
+    """Verdict on a prediction (a row of the predictions table) from the ended runs.
+
+    Runs about an LR that was recommended before, and is no more, are left out.
+    """
+    recommended = float(prediction["lr"])
+    trials = [t for multiple in MULTIPLES for t in near_lr(multiple * recommended, trials)]
+    trials.sort(key=lambda t: t.spec.lr)
     losses = [t.final_loss for t in trials]
     measured = [(t.spec.lr, y) for t, y in zip(trials, losses, strict=True) if y is not None]
-    lr = sorted(t.spec.lr for t in trials)[len(trials) // 2]
+    lr = min((t.spec.lr for t in near_lr(recommended, trials)), default=recommended)
     best, lowest, bracketed = _bottom(measured)
     at_lr = dict(measured).get(lr)
     return Validation(

@@ -18,6 +18,7 @@ import pandas as pd
 from bayeslr.errors import DataError
 from bayeslr.recorded import QUANTILE_LEVELS
 from bayeslr.specs import Target
+from bayeslr.units import counted
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -36,7 +37,8 @@ _OUTSIDE = 0.027
 def read_truth(path: str | Path, targets: Sequence[Target]) -> pd.DataFrame:
     """Losses measured at the targets: target_id, lr, loss, diverged; LR ascending.
 
-    Raises: DataError on a missing column, a value that is no number, or a target without rows.
+    Raises: DataError on a missing column, a value that is no number, two finished runs of a target
+    at one LR, or a target with finished runs at fewer than two LRs.
     """
     path = Path(path)
     try:
@@ -64,10 +66,20 @@ def read_truth(path: str | Path, targets: Sequence[Target]) -> pd.DataFrame:
     else:
         frame["diverged"] = False
     frame["target_id"] = frame["target_id"].astype(str)
-    known = set(frame.loc[~frame["diverged"], "target_id"])
+    finished = frame[~frame["diverged"]]
+    if (twice := finished.duplicated(["target_id", "lr"])).any():
+        second = finished[twice].iloc[0]
+        raise DataError(
+            f"{path} line {int(finished.index[twice][0]) + 2}: target {second['target_id']!r} has "
+            f"two finished runs at lr {second['lr']:g}; average the losses of its seeds"
+        )
+    num_lrs = finished["target_id"].value_counts()
     for target in targets:
-        if target.target_id not in known:
-            raise DataError(f"{path}: target {target.target_id!r} has no finished run to score it")
+        if (found := num_lrs.get(target.target_id, 0)) < 2:
+            raise DataError(
+                f"{path}: target {target.target_id!r} has {counted(int(found), 'finished run')}; a "
+                "valley to score it by takes two LRs at least"
+            )
     return frame.sort_values(["target_id", "lr"]).reset_index(drop=True)
 
 

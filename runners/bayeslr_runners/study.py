@@ -61,6 +61,9 @@ TASK_SECONDS = 900.0
 BUSY_SECONDS = 120.0
 """How long a busy or unreachable database is tried again before giving up."""
 
+_MOST_STEPS = 2**31 - 1
+"""Optuna keeps the step of an intermediate value in a column of 32 bits."""
+
 _OPTUNA_STATE = {
     "ok": TrialState.COMPLETE,
     "diverged": TrialState.PRUNED,
@@ -216,7 +219,7 @@ def _study_id(storage: BaseStorage, name: str) -> int:
 
 
 def _patiently(operation: Callable[[], T]) -> T:
-    """Repeat while the database is busy or restarts."""
+    """Repeat while the database is busy or restarts, not where it refuses what it is told."""
     give_up = time.monotonic() + BUSY_SECONDS
     pause = 0.05
     while True:
@@ -224,7 +227,8 @@ def _patiently(operation: Callable[[], T]) -> T:
             return operation()
         except StorageInternalError as error:
             cause = str(error.__cause__ or error)
-            if "full" in cause or time.monotonic() > give_up:
+            refused = type(error.__cause__).__name__ in ("DataError", "ProgrammingError")
+            if refused or "full" in cause or time.monotonic() > give_up:
                 raise StorageError(f"the study's storage does not answer: {cause}") from error
             time.sleep(pause)
             pause = min(2 * pause, 2.0)
@@ -398,15 +402,23 @@ class Sweep:
         self._set(raw, "lease", {"instance": self._me.instance, "time": 0})
 
     def report(self, number: int, *, tokens: int, loss: float) -> None:
-        """Intermediate loss of a running trial; tokens increase strictly."""
+        """Intermediate loss of a running trial; tokens increase strictly.
+
+        Its step is the tokens, in thousands or millions where the whole run has more than a step
+        can be.
+        """
         raw = self._one(number)
+        unit = 1
+        while raw.params["tokens"] // unit > _MOST_STEPS:
+            unit *= 1000
+        step = min(tokens // unit, _MOST_STEPS)
         last = max([self._reported.get(number, 0), *raw.intermediate_values])
-        if tokens <= last or not math.isfinite(loss):
+        if step <= last or not math.isfinite(loss):
             return
-        self._reported[number] = tokens
+        self._reported[number] = step
         with contextlib.suppress(UpdateFinishedTrialError):
             _patiently(
-                lambda: self._storage.set_trial_intermediate_value(raw._trial_id, tokens, loss)
+                lambda: self._storage.set_trial_intermediate_value(raw._trial_id, step, loss)
             )
 
     def tell(

@@ -6,7 +6,8 @@ Options of the recipe::
     runs = "./recorded.csv"      # a run table; ./ is beside the recipe
 
 A run is answered by the recorded one of the same counts, tokens and batch whose LR is nearest (in
-ln LR); the answer carries the LR that was recorded.
+ln LR); the answer carries the LR, the weight decay and the LR multipliers that were recorded. Where
+the runs of a slice differ in the latter two, they must be what was asked for.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, final
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import RECORDS_FILE, SPEC_FILE
 from bayeslr.runs import RunTable, read_runs
-from bayeslr.specs import RunSpec
+from bayeslr.specs import COVARIATES, RunSpec
 from bayeslr.units import format_quantity, train_flops
 from bayeslr_runners.command import stated_counts
 
@@ -30,7 +31,7 @@ SAME = 0.005
 """Counts, tokens and batches that differ by less than this share are the same cell: trainers round
 to whole batches, people to three figures."""
 
-_KEPT = ("loss", "loss_kind", "loss_se", "status", "status_reason", "wall_s", "device")
+_KEPT = ("loss", "loss_kind", "loss_se", "status", "status_reason", "wall_s", "device", *COVARIATES)
 
 
 @final
@@ -87,10 +88,21 @@ class TableRunner:
         for name, value in wanted.items():
             column = reached if name == "tokens" else frame[name]
             match &= (column / value - 1).abs() < SAME
+        cell = ", ".join(f"{name} {format_quantity(v)}" for name, v in wanted.items())
         rows = frame[match]
         if rows.empty:
-            cell = ", ".join(f"{name} {format_quantity(v)}" for name, v in wanted.items())
             raise SpecError(f"{self._path} has no finished run with {cell}")
+        for name, asked in spec.covariates.items():
+            recorded = rows[name].dropna().unique() if name in rows else ()
+            if len(recorded) < 2:
+                continue
+            rows = rows[(rows[name] - asked).abs() <= SAME * asked]
+            if rows.empty:
+                others = ", ".join(f"{other:g}" for other in sorted(recorded))
+                raise SpecError(
+                    f"{self._path} has no finished run with {cell} and {name} {asked:g}; it has "
+                    f"{others}"
+                )
         distance = (rows["lr"].map(math.log) - math.log(spec.lr)).abs()
         row = rows.iloc[int(distance.to_numpy().argmin())].to_dict()
         kept = {name: _plain(row.get(name)) for name in _KEPT}

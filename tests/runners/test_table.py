@@ -69,6 +69,24 @@ def test_the_nearest_lr_of_the_slice_answers(table: Path, asked: float, recorded
     assert answer["source"] == f"recorded.csv: lr{recorded}-t1000000000.0"
 
 
+def test_a_run_is_answered_at_its_weight_decay(tmp_path: Path) -> None:
+    path = tmp_path / "recorded.csv"
+    rows = [
+        row(lr, run_id=f"{lr}-{decay}", weight_decay=decay, loss=3.0 + decay)
+        for lr in LRS for decay in (0.01, 0.1)
+    ]  # fmt: skip
+    pd.DataFrame(rows).to_csv(path, index=False)
+    runner = TableRunner({"runs": str(path)})
+    for decay in (0.01, 0.1):
+        (answer,) = runner.records(spec(path, weight_decay=decay))
+        assert (answer["weight_decay"], answer["loss"]) == (decay, 3.0 + decay)
+    with pytest.raises(SpecError, match=r"weight_decay 0\.5; it has 0\.01, 0\.1"):
+        runner.records(spec(path, weight_decay=0.5))
+    pd.DataFrame(rows[::2]).to_csv(path, index=False)
+    (answer,) = TableRunner({"runs": str(path)}).records(spec(path, weight_decay=0.5))
+    assert answer["weight_decay"] == 0.01  # all that there is, and told as it was
+
+
 def test_a_recorded_divergence_is_one(table: Path, tmp_path: Path) -> None:
     asked = spec(table, lr=0.1)
     write_rows(tmp_path / "run", TableRunner({"runs": str(table)}).records(asked))
