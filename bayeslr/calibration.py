@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
     FloatArray = NDArray[np.float64]
 
-# What can be calibrated. Twins are the valley model on tables that it is wrong for, and must fail.
+# What can be calibrated. Twins are the valley model on tables that it is wrong for.
 MODELS = {
     "valley": "the hierarchical model",
     "two-stage": "least squares, whose LR* alone is judged, on tables that it can fit",
@@ -241,7 +241,8 @@ def calibrate(prior: str | Prior = "moe-default", *, num_tables: int = 20, num_r
     num_runs: runs asked of the middle table, at most 208. The others are asked for 3/10 to 10/3 of
     it, log-uniformly, but never for more than 208, and each holds what of its ladder fits: asked
     for 20, 60 and 200, tables of one family hold 17, 49 and 90 in geometric mean.
-    model: one of `MODELS`; its twins must fail.
+    model: one of `MODELS`. Twins are wrong and must fail; ``twin-apart`` needs more than 40 tables
+    for that.
     Raises: SpecError for an unknown model, fewer than two tables, or more runs than a table holds.
     """
     if model not in MODELS:

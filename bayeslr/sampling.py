@@ -117,9 +117,10 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
     num_families = int(arrays["shape_family"].max()) + 1
     loss_level, lr_level = np.empty(num_families), np.empty(num_families)
     for g in range(num_families):
-        of_cell = np.isfinite(cell_floor) & (cell_family == g)
         of_slice = np.isfinite(best) & (slice_family == g)
-        level = cell_floor[of_cell].mean() if of_cell.any() else 2.5
+        # The median over runs: a slice of one run that came to nothing must not move it.
+        of_run = has_loss & of_slice[run_slice]
+        level = np.median(floor[run_slice[of_run]]) if of_run.any() else 2.5
         lr = best[of_slice].mean() if of_slice.any() else np.nanmean(best)
         cell_floor = np.where((cell_family == g) & ~np.isfinite(cell_floor), level, cell_floor)
         best = np.where((slice_family == g) & ~np.isfinite(best), lr, best)
@@ -132,23 +133,27 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
     x[compiled.index("loss_ratio")] = np.log(parts / (loss_level - sum(parts))).ravel()
     x[compiled.index("log_loss_slope")] = np.log(np.multiply(parts, np.c_[exponents])).ravel()
     x[compiled.index("lr_anchor")] = lr_level
-    # A slice without a finished run, padded ones too, starts at its cell: no effect of its own.
-    floor = np.where(np.isfinite(floor), floor, cell_floor[arrays["slice_cell"]])
-    # A partly centred effect: raw = c mean + sd^(c - 1) (value - mean).
+    # A partly centred effect: raw = c mean + sd^(c - 1) (value - mean). A cell of one slice is what
+    # stands at right angles to it, of which nothing is known: its slice has all the effect.
     level_c, lr_c = loss_level[cell_family], lr_level[cell_family]
     lr_s = lr_c[arrays["slice_cell"]]
+    alone = arrays["cell_alone"] * prior["loss_cell_sd"].location
+    floor_sd = np.hypot(alone[arrays["slice_cell"]], prior["loss_slice_sd"].location)
+    cell_floor = np.where(alone > 0, level_c, cell_floor)
+    # A slice without a finished run, padded ones too, starts at its cell: no effect of its own.
+    floor = np.where(np.isfinite(floor), floor, cell_floor[arrays["slice_cell"]])
 
-    def raw(value: FloatArray, mean: FloatArray, sd: str, c: FloatArray) -> FloatArray:
-        return c * mean + prior[sd].location ** (c - 1.0) * (value - mean)
+    def raw(value: FloatArray, mean: FloatArray, sd: Any, c: FloatArray) -> FloatArray:
+        return np.asarray(c * mean + sd ** (c - 1.0) * (value - mean))
 
     shape_family = arrays["shape_family"]
     x[compiled.index("loss_shape_raw")] = arrays["shape_has_floor"] * loss_level[shape_family]
     x[compiled.index("lr_shape_raw")] = arrays["shape_has_lr"] * lr_level[shape_family]
     x[compiled.index("loss_cell_raw")] = raw(
-        cell_floor, level_c, "loss_cell_sd", arrays["cell_has_floor"]
+        cell_floor, level_c, prior["loss_cell_sd"].location, arrays["cell_has_floor"]
     )
     x[compiled.index("floor_raw")] = raw(
-        floor, cell_floor[arrays["slice_cell"]], "loss_slice_sd", arrays["slice_has_floor"]
+        floor, cell_floor[arrays["slice_cell"]], floor_sd, arrays["slice_has_floor"]
     )
     x[compiled.index("curvature_slice_raw")] = arrays["slice_has_curvature"] * np.log(
         prior["curvature_intercept"].location
@@ -185,6 +190,9 @@ def find_mode(
     for name, size in _STEP.items():
         if name in compiled.names:  # those of covariates are there with covariates alone
             step[compiled.index(name)] = size
+    for effect, of_alone in valley.TURNED.items():
+        at = compiled.index(f"{effect}_raw")
+        step[at] = np.where(arrays[of_alone] > 0, 0.3, step[at])
 
     # Where a step overflows the search finds a bowl about the last point that did not.
     good = np.zeros(len(free)), 0.0
@@ -233,44 +241,49 @@ def find_mode(
 _LEVELS = ("family", "shape", "cell", "slice")
 
 
-def _told(arrays: valley.Arrays, compiled: CompiledModel, prior: Prior,
-          hessian: FloatArray) -> valley.Arrays:  # fmt: skip
+def _told(
+    x: FloatArray, compiled: CompiledModel, arrays: valley.Arrays, hessian: FloatArray
+) -> valley.Arrays:
     """Share of each effect's variance that its runs take away, by the array that centres it.
 
     That is p s^2 / (1 + p s^2) for an effect with sd s between groups that its runs tell with
-    precision p; here from the Hessian, with what lies above the effect held fixed and what lies
-    beside and below it not, s the median of its prior.
+    precision p; here from the Hessian at x, with what lies above the effect held fixed and what
+    lies beside and below it not.
     """
     shares = {}
+    found = compiled.spreads(x, tuple(arrays.values()))
     for depth, level in enumerate(_LEVELS):
         members = {
-            effect: (arrays[share], prior[sd].location, compiled.index(f"{effect}_raw"))
-            for effect, (share, sd) in valley.EFFECTS.items()
+            effect: (
+                np.ravel(np.asarray(found[f"{effect}_spread"]) ** arrays[share]),
+                compiled.index(f"{effect}_raw"),
+            )
+            for effect, share in valley.EFFECTS.items()
             if share.partition("_")[0] in _LEVELS[depth:]
-        }  # fmt: skip
-        at = np.concatenate([index for _, _, index in members.values()])
-        unit = np.concatenate([s ** np.ravel(c) for c, s, _ in members.values()])
+        }
+        unit, at = (np.concatenate(parts) for parts in zip(*members.values(), strict=True))
         scales, vectors = np.linalg.eigh(hessian[np.ix_(at, at)] * np.outer(unit, unit))
         # Where the search ended short of the mode, some curvature may be negative.
         left = (vectors**2 / np.maximum(scales, 0.1)).sum(axis=1)
-        for effect, (share, _) in valley.EFFECTS.items():
+        for effect, share in valley.EFFECTS.items():
             if share.partition("_")[0] == level:
-                own = left[np.isin(at, members[effect][2])].reshape(arrays[share].shape)
+                own = left[np.isin(at, members[effect][1])].reshape(arrays[share].shape)
                 shares[share] = np.clip(1.0 - own, 0.0, 1.0)
     return shares
 
 
-def _recentred(x: FloatArray, compiled: CompiledModel, prior: Prior, old: valley.Arrays,
-               new: valley.Arrays) -> FloatArray:  # fmt: skip
+def _recentred(
+    x: FloatArray, compiled: CompiledModel, old: valley.Arrays, new: valley.Arrays
+) -> FloatArray:
     """The same point when effects are centred by the shares in ``new`` instead of ``old``."""
     x = x.copy()
-    means = compiled.means(x, tuple(old.values()))
-    for effect, (share, sd) in valley.EFFECTS.items():
+    found = compiled.spreads(x, tuple(old.values()))
+    for effect, share in valley.EFFECTS.items():
         at = compiled.index(f"{effect}_raw")
-        mean, s = np.asarray(means[f"{effect}_mean"]), prior[sd].location
+        mean, sd = (np.asarray(found[f"{effect}_{what}"]) for what in ("mean", "spread"))
         before, after = old[share], new[share]
-        deviation = s ** (1.0 - before) * (x[at].reshape(mean.shape) - before * mean)
-        x[at] = (after * mean + s ** (after - 1.0) * deviation).ravel()
+        deviation = sd ** (1.0 - before) * (x[at].reshape(mean.shape) - before * mean)
+        x[at] = (after * mean + sd ** (after - 1.0) * deviation).ravel()
     return x
 
 
@@ -318,8 +331,8 @@ def _preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior
     (Papaspiliopoulos, Roberts and Skold 2007, section 4).
     """
     mode, hessian = find_mode(compiled, arrays, prior)
-    centred = {**arrays, **_told(arrays, compiled, prior, hessian)}
-    start = _recentred(mode, compiled, prior, arrays, centred)
+    centred = {**arrays, **_told(mode, compiled, arrays, hessian)}
+    start = _recentred(mode, compiled, arrays, centred)
     mode, hessian = find_mode(compiled, centred, prior, start)
     return centred, mode, whitening(compiled, hessian)
 

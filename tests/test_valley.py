@@ -105,12 +105,41 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     log_skew = level("log_skew", np.log(p["skew"]), "skew_family_sd")
     log_edge = level("log_edge_offset", np.log(p["edge_offset"]), "edge_family_sd")
 
-    def effect(name: str, mean: Any, sd: str, share: Any) -> Any:
-        """Value ~ Normal(mean, sd), a share of the centring in the raw variable."""
+    def unit(name: str, mean: Any, sd: Any, share: Any) -> Any:
+        """What of an effect is standard normal; a share of the centring is in its raw variable."""
         nonlocal total
-        raw = point[f"{name}_raw"]
-        total += np.sum(normal(raw, share * mean, p[sd] ** share))
-        return mean + p[sd] ** (1 - share) * (raw - share * mean)
+        raw, sd = point[f"{name}_raw"], sd + np.zeros_like(share)
+        total += np.sum(normal(raw, share * mean, sd**share))
+        return sd**-share * (raw - share * mean)
+
+    def effect(name: str, mean: Any, sd: str, share: Any) -> Any:
+        return mean + p[sd] * unit(name, mean, p[sd], share)
+
+    def nested(*levels: tuple[str, Any, str, Any]) -> list[Any]:
+        """Effects of shapes, cells and slices, (name, offset, sd, share) each.
+
+        A group of one and its member are two standard normals, turned so that the first lies along
+        what they add up to.
+        """
+        (top, law, sd_h, share_h), (middle, off_c, sd_c, share_c), (low, off_s, sd_s, share_s) = (
+            (name, offset, p[sd], share) for name, offset, sd, share in levels
+        )
+        h_of, c_of = arrays["cell_shape"], arrays["slice_cell"]
+        alone_h = np.bincount(h_of, minlength=len(law)) == 1
+        alone_c = np.bincount(c_of, minlength=len(h_of)) == 1
+        x_h = unit(top, law, sd_h, share_h)
+        mean_c = np.where(alone_h, law, law + sd_h * x_h)[h_of] + off_c
+        both_c = np.where(alone_h[h_of], np.hypot(sd_h, sd_c), sd_c)
+        x_c = unit(middle, mean_c, both_c, share_c)
+        mean_s = np.where(alone_c, mean_c, mean_c + both_c * x_c)[c_of] + off_s
+        both_s = np.where(alone_c[c_of], np.hypot(both_c[c_of], sd_s), sd_s)
+        x_s = unit(low, mean_s, both_s, share_s)
+        bottom = mean_s + both_s * x_s
+        for c, s in ((c, int(np.flatnonzero(c_of == c)[0])) for c in np.flatnonzero(alone_c)):
+            x_c[c] = (both_c[c] * x_s[s] + sd_s * x_c[c]) / both_s[s]
+        for h, c in ((h, int(np.flatnonzero(h_of == h)[0])) for h in np.flatnonzero(alone_h)):
+            x_h[h] = (sd_h * x_c[c] + sd_c * x_h[h]) / both_c[c]
+        return [law + sd_h * x_h, mean_c + both_c * x_c, bottom]
 
     slope = effect(
         "family_slope",
@@ -136,7 +165,6 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     d_n, d_s, d_d = (arrays[k] for k in ("shape_d_n_active", "shape_d_sparsity", "cell_d_tokens"))
     of_shape = arrays["shape_d_tokens"]
     lr_law = lr_level[g] + slope[g, 0] * d_n + slope[g, 1] * d_s + slope[g, 2] * of_shape
-    lr_h = effect("lr_shape", lr_law, "lr_shape_sd", arrays["shape_has_lr"])
     slope_h = effect(
         "lr_tokens_shape", slope[g, 2], "lr_tokens_shape_sd", arrays["shape_has_slope"]
     )
@@ -152,7 +180,6 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     loss_law = loss_level[g] - p["loss_n_active"][g] * (
         1 - np.exp(-p["loss_exponent_n_active"][g] * arrays["shape_own_n_active"])
     )
-    loss_h = effect("loss_shape", loss_law, "loss_shape_sd", arrays["shape_has_floor"])
     gc, d_nc = g[h], d_n[h]
     best_batch = effect(
         "best_batch",
@@ -160,23 +187,16 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         "best_batch_cell_sd", arrays["cell_has_batch"],
     )  # fmt: skip
     early = arrays["cell_unannealed"]
-    lr_c = effect(
-        "lr_cell", lr_h[h] + slope_h[h] * (d_d - of_shape[h]) + p["lr_unannealed"] * early,
-        "lr_cell_sd", arrays["cell_has_lr"],
-    )  # fmt: skip
-    loss_c = effect(
-        "loss_cell",
-        loss_h[h]
-        - p["loss_tokens"][gc]
-        * (1 - np.exp(-p["loss_exponent_tokens"][gc] * arrays["cell_own_tokens"]))
-        + p["loss_unannealed"] * early,
-        "loss_cell_sd", arrays["cell_has_floor"],
-    )  # fmt: skip
     gs = gc[c]
     z = arrays["slice_log_batch"] - best_batch[c]
     below, above = slope[gs, 3], slope[gs, 4]
     knee = below * z + (above - below) * (np.log1p(np.exp(2 * z)) - np.log(2)) / 2
-    lr_opt = effect("lr_opt", lr_c[c] + knee, "lr_slice_sd", arrays["slice_has_lr"])
+    _, lr_c, lr_opt = nested(
+        ("lr_shape", lr_law, "lr_shape_sd", arrays["shape_has_lr"]),
+        ("lr_cell", slope_h[h] * (d_d - of_shape[h]) + p["lr_unannealed"] * early,
+         "lr_cell_sd", arrays["cell_has_lr"]),
+        ("lr_opt", knee, "lr_slice_sd", arrays["slice_has_lr"]),
+    )  # fmt: skip
     bend = effect(
         "curvature_slice",
         bend_level[gs] + p["curvature_n_active"] * d_nc[c] + p["curvature_tokens"] * d_d[c]
@@ -187,11 +207,17 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     skew_z, skew_zero = p["penalty_skew"] * z, p["penalty_skew"] * zero
     zero_knee = below * zero + (above - below) * (np.log1p(np.exp(2 * zero)) - np.log(2)) / 2
     penalty = p["penalty_scale"][gs] * np.exp(p["penalty_tokens"] * d_d[c])
-    floor = effect(
-        "floor",
-        loss_c[c] + penalty * (np.exp(skew_z) - skew_z - np.exp(skew_zero) + skew_zero)
-        / p["penalty_skew"] ** 2,
-        "loss_slice_sd", arrays["slice_has_floor"],
+    _, _, floor = nested(
+        ("loss_shape", loss_law, "loss_shape_sd", arrays["shape_has_floor"]),
+        ("loss_cell",
+         -p["loss_tokens"][gc]
+         * (1 - np.exp(-p["loss_exponent_tokens"][gc] * arrays["cell_own_tokens"]))
+         + p["loss_unannealed"] * early,
+         "loss_cell_sd", arrays["cell_has_floor"]),
+        ("floor",
+         penalty * (np.exp(skew_z) - skew_z - np.exp(skew_zero) + skew_zero)
+         / p["penalty_skew"] ** 2,
+         "loss_slice_sd", arrays["slice_has_floor"]),
     )  # fmt: skip
     gr = gs[s]
     log_lr, covariates, at_reference = arrays["run_log_lr"].copy(), 0.0, 0.0
@@ -316,9 +342,9 @@ def test_a_point_centred_otherwise_is_the_same_point(
     for name, at in held(compiled).items():
         if name in SCALES:
             x[at] = np.log(card[name].location)
-    shares = [share for share, _ in valley.EFFECTS.values()]
+    shares = list(valley.EFFECTS.values())
     other = {**arrays, **{name: rng.uniform(size=arrays[name].shape) for name in shares}}
-    moved = _recentred(x, compiled, card, arrays, other)
+    moved = _recentred(x, compiled, arrays, other)
     assert not np.allclose(moved, x)
     before = compiled.draws(x[None, None], tuple(arrays.values()))
     after = compiled.draws(moved[None, None], tuple(other.values()))

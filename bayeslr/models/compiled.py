@@ -31,8 +31,8 @@ class CompiledModel:
     """A model as JAX functions of one flat vector and of its data.
 
     names, shapes: value variables in order. ``log_density(x, data)`` is a scalar, ``outputs(x,
-    data)`` the reported variables by name for x (draw, parameter), ``means(x, data)`` the means of
-    the effects at one x.
+    data)`` the reported variables by name for x (draw, parameter), ``spreads(x, data)`` the means
+    and sds of the effects' entries at one x, NAME_mean and NAME_spread.
     """
 
     names: tuple[str, ...]
@@ -40,7 +40,7 @@ class CompiledModel:
     start: FloatArray
     log_density: Callable[[Any, Sequence[Any]], Any]
     outputs: Callable[[Any, Sequence[Any]], dict[str, Any]]
-    means: Callable[[Any, Sequence[Any]], dict[str, Any]]
+    spreads: Callable[[Any, Sequence[Any]], dict[str, Any]]
     value_and_grad: Callable[[Any, Sequence[Any]], Any]
     sampler: dict[tuple[int, ...], Any]
 
@@ -90,7 +90,7 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
     transformed = model.unobserved_value_vars
     names_out = [variable.name for variable in transformed]
     reported = {*prior.parameters, *OUTPUTS}
-    of_effects = {f"{effect}_mean" for effect in valley.EFFECTS}
+    of_effects = {f"{effect}_{what}" for effect in valley.EFFECTS for what in ("mean", "spread")}
     graphs = graph_replace(
         [model.logp(), *transformed], dict(zip(shared, inputs, strict=True)), strict=False
     )
@@ -129,7 +129,7 @@ def compile_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> Com
         start=np.concatenate([np.ravel(point[name]) for name in names]).astype(float),
         log_density=log_density,
         outputs=jax.jit(jax.vmap(outputs, in_axes=(0, None))),
-        means=jax.jit(lambda x, data: variables(x, data, of_effects)),
+        spreads=jax.jit(lambda x, data: variables(x, data, of_effects)),
         value_and_grad=jax.jit(jax.value_and_grad(lambda x, data: -log_density(x, data))),
         sampler={},
     )

@@ -48,19 +48,25 @@ if TYPE_CHECKING:
 
     Arrays = dict[str, NDArray[Any]]
 
-# Effects of groups: the array of shares by which each is centred, and the sd between groups.
+# Effects of groups, and the array of shares by which each is centred.
 EFFECTS = {
-    "family_slope": ("family_has_slope", "lr_slope_family_sd"),
-    "lr_shape": ("shape_has_lr", "lr_shape_sd"),
-    "lr_tokens_shape": ("shape_has_slope", "lr_tokens_shape_sd"),
-    "loss_shape": ("shape_has_floor", "loss_shape_sd"),
-    "best_batch": ("cell_has_batch", "best_batch_cell_sd"),
-    "lr_cell": ("cell_has_lr", "lr_cell_sd"),
-    "loss_cell": ("cell_has_floor", "loss_cell_sd"),
-    "lr_opt": ("slice_has_lr", "lr_slice_sd"),
-    "curvature_slice": ("slice_has_curvature", "curvature_slice_sd"),
-    "floor": ("slice_has_floor", "loss_slice_sd"),
+    "family_slope": "family_has_slope",
+    "lr_shape": "shape_has_lr",
+    "lr_tokens_shape": "shape_has_slope",
+    "loss_shape": "shape_has_floor",
+    "best_batch": "cell_has_batch",
+    "lr_cell": "cell_has_lr",
+    "loss_cell": "cell_has_floor",
+    "lr_opt": "slice_has_lr",
+    "curvature_slice": "slice_has_curvature",
+    "floor": "slice_has_floor",
 }
+
+# Effects of groups that may have one member alone, and which do: see `_nested`.
+TURNED = {
+    "lr_shape": "shape_alone", "loss_shape": "shape_alone",
+    "lr_cell": "cell_alone", "loss_cell": "cell_alone",
+}  # fmt: skip
 
 # The loss-token law of a family: sampled as what the data tell, its level and its slopes.
 _LOSS_LAW = ("loss_n_active", "loss_tokens", "loss_exponent_n_active", "loss_exponent_tokens")
@@ -88,6 +94,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
     slices_in_cell = np.bincount(design.cell_of_slice, minlength=design.num_cells)
     cells_in_shape = np.bincount(shape_of_cell, minlength=design.num_shapes)
     slices_in_shape = np.bincount(design.shape_of_slice, minlength=design.num_shapes)
+    cell_alone, shape_alone = slices_in_cell == 1, cells_in_shape == 1
     annealed_run = design.annealed[design.cell_of_slice[design.slice_of_run]]
     arrays: Arrays = {
         "run_slice": design.slice_of_run,
@@ -112,16 +119,18 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "slice_has_floor": runs_in_slice / (runs_in_slice + 0.5),
         "cell_shape": shape_of_cell,
         "cell_has_batch": slices_in_cell / (slices_in_cell + 3.0),
-        "cell_has_lr": slices_in_cell / (slices_in_cell + 3.0),
-        "cell_has_floor": slices_in_cell / (slices_in_cell + 0.5),
+        "cell_has_lr": ~cell_alone * slices_in_cell / (slices_in_cell + 3.0),
+        "cell_has_floor": ~cell_alone * slices_in_cell / (slices_in_cell + 0.5),
+        **_only(cell_alone, design.cell_of_slice, "cell", "slice"),
         "shape_family": design.family_of_shape,
         "shape_d_n_active": design.log_n_active - mid["log_n_active"],
         "shape_own_n_active": design.log_n_active - own["log_n_active"][design.family_of_shape],
         "shape_d_sparsity": design.log_sparsity - mid["log_sparsity"],
         "shape_d_tokens": design.shape_log_tokens - mid["log_tokens"],
-        "shape_has_lr": slices_in_shape / (slices_in_shape + 3.0),
+        "shape_has_lr": ~shape_alone * slices_in_shape / (slices_in_shape + 3.0),
+        **_only(shape_alone, shape_of_cell, "shape", "cell"),
         "shape_has_slope": _centring(design.log_tokens, shape_of_cell, design.num_shapes),
-        "shape_has_floor": cells_in_shape / (cells_in_shape + 1.0),
+        "shape_has_floor": ~shape_alone * cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
         "family_log_batch": own["log_batch"],
         "centre": np.array([mid[name] for name in REGRESSORS]),
@@ -137,6 +146,14 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
                 more = np.full(extra, last, dtype=values.dtype)
                 arrays[name] = np.concatenate([values, more])
     return arrays
+
+
+def _only(
+    alone: NDArray[np.bool_], group: NDArray[np.int64], level: str, member: str
+) -> dict[str, NDArray[Any]]:
+    """Which groups have one member alone, and which member of a group is its first."""
+    first = np.unique(group, return_index=True)[1]
+    return {f"{level}_alone": alone.astype(float), f"{level}_{member}": first}
 
 
 # A regression's scatter between groups, and the spread of exponents between families or shapes.
@@ -196,8 +213,42 @@ def _variable(name: str, prior: Prior, **kwargs: Any) -> Any:
 def _effect(name: str, mean: Any, sd: Any, centring: Any, size: Any) -> Any:
     """Normal(mean, sd) effect, centred by a share ``centring`` in [0, 1] an entry."""
     mean = pm.Deterministic(f"{name}_mean", mean + pt.zeros(size))
+    sd = pm.Deterministic(f"{name}_spread", sd + pt.zeros(size))
     raw = pm.Normal(f"{name}_raw", centring * mean, sd**centring, shape=size)
     return mean + sd ** (1.0 - centring) * (raw - centring * mean)
+
+
+def _nested(data: Mapping[str, Any], sizes: tuple[int, int, int], *levels: Any) -> list[Any]:
+    """Values of shapes, of cells in them and of slices in those: Normal(group's + offset, sd).
+
+    levels: name, offset (entry,), sd and share of centring (entry,) of each of the three.
+
+    Runs tell a group of one member, and the member, by the sum of their effects. So the sum is what
+    such a member is sampled as, and the group is what stands at right angles to it, of which the
+    prior alone speaks: two standard normals turned, a Jacobian of one. They are turned back here.
+    """
+    means: list[Any] = []
+    spreads: list[Any] = []
+    values: list[Any] = []
+    alone = data["shape_alone"], data["cell_alone"]
+    group = data["cell_shape"], data["slice_cell"]
+    only = data["shape_cell"], data["cell_slice"]
+    for depth, (size, (name, offset, sd, centring)) in enumerate(zip(sizes, levels, strict=True)):
+        mean, spread = offset, sd
+        if depth > 0:
+            above = depth - 1
+            mean = mean + pt.where(alone[above], means[above], values[above])[group[above]]
+            spread = pt.sqrt(sd**2 + (alone[above] * spreads[above] ** 2)[group[above]])
+        means.append(mean)
+        spreads.append(spread)
+        values.append(_effect(name, mean, spread, centring, size))
+    for depth in (1, 0):
+        whole = spreads[depth + 1][only[depth]]
+        of_sum = (values[depth + 1] - means[depth + 1])[only[depth]]
+        rest = values[depth] - means[depth]
+        turned = (spreads[depth] / whole) ** 2 * of_sum + levels[depth + 1][2] / whole * rest
+        values[depth] = pt.where(alone[depth], means[depth] + turned, values[depth])
+    return values
 
 
 def _loss_law(prior: Prior, num_families: int) -> tuple[Any, dict[str, Any]]:
@@ -367,10 +418,6 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             + slope_h[:, 1] * data["shape_d_sparsity"]
             + slope_h[:, 2] * data["shape_d_tokens"]
         )
-        lr_at_shape = _effect(
-            "lr_shape", lr_law_h, p["lr_shape_sd"], data["shape_has_lr"], num_shapes
-        )
-        pm.Deterministic("lr_shape", lr_at_shape - lr_law_h)
         lr_tokens_h = _effect(
             "lr_tokens_shape",
             slope_h[:, 2],
@@ -382,12 +429,8 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         loss_law_h = loss_level[shape_family] + by_shape["loss_n_active"] * pt.expm1(
             -by_shape["loss_exponent_n_active"] * data["shape_own_n_active"]
         )
-        loss_at_shape = _effect(
-            "loss_shape", loss_law_h, p["loss_shape_sd"], data["shape_has_floor"], num_shapes
-        )
-        pm.Deterministic("loss_shape", loss_at_shape - loss_law_h)
 
-        # Cells: best batch, LR at the best batch, floor.
+        # Cells: the best batch.
         d_n, d_d = data["shape_d_n_active"][cell_shape], data["cell_d_tokens"]
         best_batch = pm.Deterministic(
             "best_batch",
@@ -401,42 +444,26 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
                 num_cells,
             ),
         )
-        lr_cell = pm.Deterministic(
-            "lr_cell",
-            _effect(
-                "lr_cell",
-                lr_at_shape[cell_shape]
-                + lr_tokens_h[cell_shape] * (d_d - data["shape_d_tokens"][cell_shape])
-                + p["lr_unannealed"] * data["cell_unannealed"],
-                p["lr_cell_sd"],
-                data["cell_has_lr"],
-                num_cells,
-            ),
-        )
-        loss_cell = pm.Deterministic(
-            "loss_cell",
-            _effect(
-                "loss_cell",
-                loss_at_shape[cell_shape]
-                + p["loss_tokens"][cell_family]
-                * pt.expm1(-p["loss_exponent_tokens"][cell_family] * data["cell_own_tokens"])
-                + p["loss_unannealed"] * data["cell_unannealed"],
-                p["loss_cell_sd"],
-                data["cell_has_floor"],
-                num_cells,
-            ),
-        )
-
-        # Slices: optimum, curvature, floor.
+        # The optimum, from shapes to slices.
         z = data["slice_log_batch"] - best_batch[slice_cell]
         slope_s = family_slope[slice_family]
         knee = laws.batch_knee(z, slope_s[:, 3], slope_s[:, 4], pt)
         zero = data["family_log_batch"][slice_family] - best_batch[slice_cell]
         zero_knee = laws.batch_knee(zero, slope_s[:, 3], slope_s[:, 4], pt)
-        lr_opt = pm.Deterministic("lr_opt", _effect(
-            "lr_opt", lr_cell[slice_cell] + knee, p["lr_slice_sd"], data["slice_has_lr"],
-            num_slices,
-        ))  # fmt: skip
+        sizes = num_shapes, num_cells, num_slices
+        lr_at_shape, lr_cell, lr_opt = _nested(
+            data, sizes,
+            ("lr_shape", lr_law_h, p["lr_shape_sd"], data["shape_has_lr"]),
+            ("lr_cell", lr_tokens_h[cell_shape] * (d_d - data["shape_d_tokens"][cell_shape])
+             + p["lr_unannealed"] * data["cell_unannealed"],
+             p["lr_cell_sd"], data["cell_has_lr"]),
+            ("lr_opt", knee, p["lr_slice_sd"], data["slice_has_lr"]),
+        )  # fmt: skip
+        pm.Deterministic("lr_shape", lr_at_shape - lr_law_h)
+        pm.Deterministic("lr_cell", lr_cell)
+        pm.Deterministic("lr_opt", lr_opt)
+
+        # Slices: curvature, and the floor, from shapes to slices.
         log_curvature = pm.Deterministic(
             "log_curvature",
             _effect(
@@ -454,10 +481,18 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             p["penalty_scale"][slice_family] * pt.exp(p["penalty_tokens"] * d_d[slice_cell])
             * (laws.linex(z, p["penalty_skew"], pt) - laws.linex(zero, p["penalty_skew"], pt))
         )  # fmt: skip
-        floor = pm.Deterministic("floor", _effect(
-            "floor", loss_cell[slice_cell] + penalty, p["loss_slice_sd"],
-            data["slice_has_floor"], num_slices,
-        ))  # fmt: skip
+        loss_at_shape, loss_cell, floor = _nested(
+            data, sizes,
+            ("loss_shape", loss_law_h, p["loss_shape_sd"], data["shape_has_floor"]),
+            ("loss_cell", p["loss_tokens"][cell_family]
+             * pt.expm1(-p["loss_exponent_tokens"][cell_family] * data["cell_own_tokens"])
+             + p["loss_unannealed"] * data["cell_unannealed"],
+             p["loss_cell_sd"], data["cell_has_floor"]),
+            ("floor", penalty, p["loss_slice_sd"], data["slice_has_floor"]),
+        )  # fmt: skip
+        pm.Deterministic("loss_shape", loss_at_shape - loss_law_h)
+        pm.Deterministic("loss_cell", loss_cell)
+        pm.Deterministic("floor", floor)
 
         # Runs.
         run_family = slice_family[run_slice]
