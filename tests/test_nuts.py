@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bayeslr.models.compiled import CompiledModel
-from bayeslr.nuts import rounder, sample
-from bayeslr.sampling import configure_jax
+from bayeslr.nuts import rounder
 
 
 def normal(num_draws: int, seed: int) -> tuple[NDArray[np.float64], ...]:
@@ -59,31 +54,3 @@ def test_gradients_of_any_size_leave_coordinates_that_can_be_inverted() -> None:
     steep = 1e6 * rng.standard_t(1.5, size=(200, 3)) @ rng.normal(size=(3, 300))
     root = rounder(np.eye(300), draws, steep - draws)
     assert np.linalg.cond(root) < 1e5
-
-
-def test_chains_that_go_on_learn_their_coordinates_anew() -> None:
-    """Warm-up of one window learns nothing of a normal a hundred times as wide one way."""
-    configure_jax()
-    import jax
-    import jax.numpy as jnp
-
-    precision = jnp.asarray(np.geomspace(1e-4, 1.0, 10))
-
-    def log_density(x: Any, data: Sequence[Any]) -> Any:
-        return -0.5 * jnp.sum(precision * x**2)
-
-    compiled = CompiledModel(
-        names=("x",), shapes=((10,),), start=np.zeros(10), log_density=log_density,
-        outputs=lambda x, data: {"x": x}, spreads=lambda x, data: {},
-        value_and_grad=jax.value_and_grad(lambda x, data: -log_density(x, data)), sampler={},
-    )  # fmt: skip
-
-    def steps(max_rounds: int) -> float:
-        draws, statistics = sample(
-            compiled, {}, np.zeros(10), np.eye(10), seed=1, num_warmup=100, num_draws=100,
-            num_chains=2, max_rounds=max_rounds, enough=lambda draws: False,
-        )  # fmt: skip
-        assert draws["x"].shape == (2, 100 * max_rounds, 10)
-        return statistics["mean_steps"]
-
-    assert steps(8) < 0.4 * steps(1)
