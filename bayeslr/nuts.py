@@ -151,20 +151,6 @@ def _root(matrix: FloatArray) -> FloatArray:
     return np.asarray((vectors * np.sqrt(np.maximum(scales, _LEAST * scales[-1]))) @ vectors.T)
 
 
-def _rounder_of_later_half(
-    seen: Sequence[tuple[FloatArray, FloatArray]], root: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Centre and root by the later half of the windows (x, gradient): the first ones are on their
-    way to where the posterior lies.
-    """
-    at, gradient = (
-        np.concatenate([part.reshape(-1, len(root)) for part in parts])
-        for parts in zip(*seen[len(seen) // 2 :], strict=True)
-    )
-    centre = at.mean(axis=0)
-    return centre, rounder(root, np.linalg.solve(root, (at - centre).T).T, gradient @ root)
-
-
 def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray, root: FloatArray,
             rng: np.random.Generator, num_chains: int) -> FloatArray:  # fmt: skip
     """Where the chains begin, (chain, parameter): about the mode, nearer where need be.
@@ -197,8 +183,7 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
     mode, root: where the chains start from, and L with L L' near the covariance. Each window of
     warm-up but the last ends by making the coordinates rounder. After ``num_draws`` a chain,
     ``enough(draws)`` is asked; while it says no, the chains go on window by window, up to
-    ``max_rounds`` times as many draws, in rounder coordinates whenever their number has doubled.
-    Counts are rounded up to whole `WINDOW`s.
+    ``max_rounds`` times as many draws. Counts are rounded up to whole `WINDOW`s.
     Raises: UntrustworthyFit where no chain can begin.
     """
     import jax.numpy as jnp
@@ -215,26 +200,25 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
         x = window["x"][:, -1]
         if i + 1 < num_windows:
             seen.append((window["x"], chains.gradient(window)))
-            centre, root = _rounder_of_later_half(seen, root)
+            # The first windows are on their way to where the posterior lies.
+            at, gradient = (
+                np.concatenate([part.reshape(-1, compiled.size) for part in parts])
+                for parts in zip(*seen[len(seen) // 2 :], strict=True)
+            )
+            centre = at.mean(axis=0)
+            root = rounder(root, np.linalg.solve(root, (at - centre).T).T, gradient @ root)
     found: list[dict[str, FloatArray]] = []
     told: list[dict[str, FloatArray]] = []
     asked = -(-num_draws // WINDOW)
-    # Chains that go on for long may gain by what they have told of the posterior's shape.
-    learn_at = {asked * 2**k for k in range(max_rounds.bit_length() - 1)}
     for _ in range(asked * max_rounds):
         window = chains.run()
         told.append({name: window[name] for name in _STATISTICS})
         found.append(compiled.draws(window["x"], data))
-        seen.append((window["x"], chains.gradient(window)))
         progress(f"{WINDOW * len(told):,} draws of each of {num_chains} chains")
         if len(told) >= asked:
             draws = {name: np.concatenate([f[name] for f in found], axis=1) for name in found[0]}
             if enough(draws):
                 break
-        if len(told) in learn_at:
-            centre, root = _rounder_of_later_half(seen, root)
-            chains.start(window["x"][:, -1], centre, root)
-            chains.run()
     statistics = {
         "divergences": float(sum(np.sum(window["diverging"]) for window in told)),
         "mean_steps": float(np.mean([window["num_steps"] for window in told])),
