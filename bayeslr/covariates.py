@@ -21,6 +21,7 @@ from bayeslr.predict import (
     TargetDraws,
     extra_tokens_share,
     family_of,
+    require_targets,
     target_draws,
     target_features,
 )
@@ -140,6 +141,7 @@ def covariate_table(posterior: Posterior, targets: Sequence[Target]) -> pd.DataF
     """
     import pandas as pd
 
+    require_targets(targets)
     design = posterior.design
     names = () if design is None or "covariate" not in posterior.draws.dims else design.covariates
     seen = [target for target in targets if names and family_of(posterior, target) is not None]

@@ -329,11 +329,8 @@ def _verdict(diagnostics: Mapping[str, Any], gate: Gate) -> tuple[bool, str]:
     )
 
 
-def save(posterior: Posterior, path: str | Path) -> None:
-    """Write the fit folder at ``path``, replacing one that is there, in one rename.
-
-    Raises: StorageError if the disk is full or the path is something else than a fit folder.
-    """
+def require_place(path: str | Path) -> Path:
+    """The path, at which a fit folder can be written. Raises: StorageError if it is taken."""
     path = Path(path)
     if (
         path.exists()
@@ -341,6 +338,15 @@ def save(posterior: Posterior, path: str | Path) -> None:
         and (not path.is_dir() or any(path.iterdir()))
     ):
         raise StorageError(f"{path} exists and is no fit folder; choose another name")
+    return path
+
+
+def save(posterior: Posterior, path: str | Path) -> None:
+    """Write the fit folder at ``path``, replacing one that is there, in one rename.
+
+    Raises: StorageError if the disk is full or the path is something else than a fit folder.
+    """
+    path = require_place(path)
     folder = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         folder.mkdir(parents=True)

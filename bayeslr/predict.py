@@ -189,14 +189,29 @@ def family_of(posterior: Posterior, target: Target) -> int | None:
     return families.index(target.family) if target.family in families else None
 
 
+def require_targets(targets: Sequence[Target]) -> None:
+    """Raises: SpecError for a single target, or for what is none."""
+    if isinstance(targets, Target):
+        raise SpecError("targets are given as a list, got a single one; put it in brackets")
+    for target in targets:
+        if not isinstance(target, Target):
+            raise SpecError(
+                f"a target is a bayeslr.Target, got {type(target).__name__}: {target!r}"[:300]
+            )
+
+
 def target_draws(posterior: Posterior, targets: Sequence[Target], *,
                  max_draws: int = _MAX_DRAWS) -> TargetDraws:  # fmt: skip
     """Draws of the valley at each target.
 
     Draws are thinned evenly to ``max_draws``. Equal targets share their effects; new effects are
     drawn from the fit's own seed, so that two calls agree.
-    Raises: UntrustworthyFit for draws that are no numbers.
+    Raises: UntrustworthyFit for draws that are no numbers; DataError without a target; SpecError
+    for one that is in no list.
     """
+    require_targets(targets)
+    if not targets:
+        raise DataError("there is no target to draw at")
     for target in targets:
         require_convention(posterior, target)
     return _draws_at(_Thinned(posterior, max_draws), targets)
@@ -212,6 +227,9 @@ def _draws_at(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
         )
     return at
 
+
+# Natural logs by which people's three or four figures of a count may differ from the count.
+_ROUNDED = 0.005
 
 # Parameters of the population behind a family's level: start, stem of its exponents, scatter.
 _LEVELS = {
@@ -266,6 +284,18 @@ class _Thinned:
         self.draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
         self.measured = _measured(posterior)
         self._new: dict[str, FloatArray] = {}
+
+    def snapped(self, regressor: str, values: FloatArray) -> FloatArray:
+        """Values (target,) of a regressor to four decimals; those that are the runs' own but for
+        how people round, as the runs have them.
+        """
+        values = values.round(4)
+        design = self.posterior.design
+        if design is None:
+            return values
+        own = np.unique(getattr(design, regressor).round(4))
+        nearest = own[np.abs(values[:, None] - own).argmin(axis=1)]
+        return np.asarray(np.where(np.abs(values - nearest) < _ROUNDED, nearest, values))
 
     def normal(self, name: str) -> FloatArray:
         """Standard normal draws (draw,); the same for the same name."""
@@ -351,7 +381,7 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
         by_family = np.stack(found, axis=1)
         return by_family if len(found) == 1 else by_family[:, column]
 
-    values = np.stack([x[k].round(4) for k in REGRESSORS], axis=1).tolist()
+    values = np.stack([thinned.snapped(k, x[k]) for k in REGRESSORS], axis=1).tolist()
     keys = [(g, *row) for g, row in zip(families, values, strict=True)]
     index, group = {}, {}
     for level, depth in _DEPTH.items():
@@ -537,6 +567,7 @@ def regret(posterior: Posterior, targets: Sequence[Target],
 
     Raises: SpecError if an LR is not positive and finite, or their number is not the targets'.
     """
+    require_targets(targets)
     values = np.asarray(lr, dtype=float)
     if values.ndim and values.shape != (len(targets),):
         raise SpecError(f"{values.size} LRs for {len(targets)} targets; give one, or one a target")
@@ -609,8 +640,7 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    if isinstance(targets, Target):
-        raise SpecError("predict takes a list of targets, got a single one; put it in brackets")
+    require_targets(targets)
     if not targets:
         raise DataError("there is no target to predict; the targets table is empty")
     for target in targets:
@@ -681,7 +711,7 @@ def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
     distance = row["extrapolation"]
     if not math.isfinite(distance):
         reach = "from published laws alone, no run of yours"
-    elif distance == 0:
+    elif distance < 0.05:  # as people round their targets
         reach = "inside the range of the runs"
     else:
         reach = f"{distance:.1f} times the runs' own range beyond them{_below(ranges, target)}"

@@ -8,7 +8,10 @@ import re
 from bayeslr.errors import SpecError
 
 _SUFFIX = {"": 1.0, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
-_QUANTITY = re.compile(r"^([+-]?(?:\d[\d_]*\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*([KMGBT]?)$", re.I)
+_QUANTITY = re.compile(
+    r"^([+-]?(?:\d{1,3}(?:,\d{3})+(?:\.\d*)?|\d[\d_]*\.?\d*|\.\d+)(?:e[+-]?\d+)?)\s*([KMGBT]?)$",
+    re.I,
+)
 
 
 def parse_quantity(text: str | float, *, name: str = "value") -> float:
@@ -17,13 +20,13 @@ def parse_quantity(text: str | float, *, name: str = "value") -> float:
     Raises: SpecError if the text is no number, or the number is not finite and positive.
     """
     if isinstance(text, str):
-        match = _QUANTITY.match(text.strip().replace(",", ""))
+        match = _QUANTITY.match(text.strip())
         if match is None:
             raise SpecError(
                 f"{name} must be a number such as 1.3B, 500e9 or 4M, got {text!r}; "
-                "suffixes are K, M, B and T"
+                "suffixes are K, M, B and T, the decimal sign is a point"
             )
-        number = float(match.group(1).replace("_", "")) * _SUFFIX[match.group(2).upper()]
+        number = float(re.sub("[_,]", "", match.group(1))) * _SUFFIX[match.group(2).upper()]
     else:
         number = float(text)
     if not math.isfinite(number) or number <= 0:

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 import typer
 
-from bayeslr.cli.data import check, import_app, quarantine_path
+from bayeslr.cli.data import check, import_app
 from bayeslr.errors import DataError, SpecError
-from bayeslr.runs import read_runs
+from bayeslr.runs import quarantine_path, read_runs
 
 app = typer.Typer()
 app.add_typer(import_app, name="import")

@@ -125,7 +125,24 @@ def test_rows_set_aside_are_told(bayeslr: Any, table: RunTable, tmp_path: Path) 
         "fit", tmp_path / "r.csv", "-o", tmp_path / "f", "--method", "two-stage", "--no-check"
     )
     assert code == 0
-    assert "1 rows are set aside" in err
+    assert "1 row set aside (bayeslr check lists them):\n" in err
+    assert "lr must be finite and > 0, got '-1.0'" in err
+
+
+def test_what_an_import_set_aside_is_counted_and_a_taken_place_costs_no_fit(
+    bayeslr: Any, table: RunTable, tmp_path: Path
+) -> None:
+    runs = tmp_path / "r.parquet"
+    table.write(runs)
+    aside = "file,line,column,value,rule,advice\nx.csv,3,lr,-7,lr must be > 0,mend it\n"
+    (tmp_path / "r.parquet.quarantine.csv").write_text(aside)
+    code, _, err = bayeslr("fit", runs, "-o", tmp_path / "f", "--method", "two-stage", "--no-check")
+    assert code == 0
+    assert "1 row set aside" in err
+    assert json.loads((tmp_path / "f" / "fit.json").read_text())["num_quarantined"] == 1
+    code, out, err = bayeslr("fit", tmp_path / "no.csv", "-o", runs)
+    assert (code, out) == (2, "")
+    assert "exists and is no fit folder" in err
 
 
 def test_all_diverged_ends_with_3(bayeslr: Any, tmp_path: Path) -> None:

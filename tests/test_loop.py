@@ -17,13 +17,13 @@ import pytest
 pytest.importorskip("optuna")
 
 from bayeslr import loop
-from bayeslr.cli.data import quarantine_path
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.loop import SweepResult, describe, find_recipe, open_recipe, open_status, to_toml
 from bayeslr.loop.ending import train_target
 from bayeslr.loop.status import status_lines
 from bayeslr.loop.validation import validate
 from bayeslr.runner_protocol import Trial
+from bayeslr.runs import quarantine_path
 from bayeslr.space import start_design
 from bayeslr.specs import load_recipe, parse_recipe, recipe_document
 from bayeslr_runners import toy

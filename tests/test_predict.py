@@ -275,8 +275,23 @@ def test_regret_takes_one_lr_or_one_a_target(posterior: Posterior) -> None:
 
 
 def test_a_single_target_is_told_to_be_a_list(posterior: Posterior) -> None:
-    with pytest.raises(SpecError, match="put it in brackets"):
-        predict(posterior, target())  # type: ignore[arg-type]
+    doors = (posterior.predict, posterior.covariates, lambda one: posterior.regret(one, 1e-3))
+    for door in doors:
+        with pytest.raises(SpecError, match="put it in brackets"):
+            door(target())
+        with pytest.raises(SpecError, match=r"a target is a bayeslr\.Target, got dict"):
+            door([{"n_active": 1e9}])
+    with pytest.raises(DataError, match="no target"):
+        posterior.regret([], 1e-3)
+
+
+def test_a_target_rounded_as_people_do_is_the_measured_slice(posterior: Posterior) -> None:
+    rounded = {name: value * 1.001 for name, value in KNOWN.items()}
+    exact, near = predict(posterior, [target("a", **KNOWN), target("b", **rounded)]).to_dict(
+        "records"
+    )
+    assert (near["lr"], near["lr_q05"]) == pytest.approx((exact["lr"], exact["lr_q05"]), rel=1e-3)
+    assert "inside the range of the runs" in near["sentence"]
 
 
 def test_a_target_below_the_data_says_so(posterior: Posterior) -> None:

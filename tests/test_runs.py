@@ -380,7 +380,7 @@ def test_several_files_are_checked_as_one(tmp_path: Path) -> None:
     clash = write(tmp_path / "c.csv", HEADER + GOOD.replace("3.0", "3.5"))
     table = read_runs(first, second, clash)
     assert list(table.quarantine["file"]) == [str(first), str(clash)]
-    with pytest.raises(SpecError, match="at least one path"):
+    with pytest.raises(SpecError, match="one or more paths, got none"):
         read_runs()
 
 

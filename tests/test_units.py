@@ -46,7 +46,21 @@ def test_quantities_are_read(text: str | float, number: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "B", "1.3 billion", "1e", "0x10", "--3", "1.3BB", "1/2", "nan B"]
+    "text",
+    [
+        "",
+        "B",
+        "1.3 billion",
+        "1e",
+        "0x10",
+        "--3",
+        "1.3BB",
+        "1/2",
+        "nan B",
+        "1,3B",
+        "1,5e18",
+        "1,00",
+    ],
 )
 def test_what_is_no_number_is_named_with_its_value(text: str) -> None:
     with pytest.raises(SpecError, match="tokens must be a number") as caught:

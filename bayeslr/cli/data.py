@@ -156,16 +156,11 @@ def check(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Say what is in a run table, what is quarantined and why, and what cannot be identified."""
-    import pandas as pd
-
     from bayeslr.runs import describe, first_reasons, identifiability, read_runs
     from bayeslr.runs.files import json_text
 
     table = read_runs(*runs)
-    earlier = [_read_quarantine(path) for path in map(quarantine_path, runs) if path.exists()]
     quarantine = table.quarantine
-    if earlier:
-        quarantine = pd.concat([*earlier, quarantine], ignore_index=True)
     facts, blind_spots = describe(table), identifiability(table)
     if json:
         facts |= {
@@ -190,15 +185,10 @@ def check(
     _echo_warnings(table)
 
 
-def quarantine_path(out: Path) -> Path:
-    """Where the rejected rows of an import go: ``runs.quarantine.csv`` beside ``runs.parquet``."""
-    return out.with_name(f"{out.stem}.quarantine.csv")
-
-
 def _import(format_name: str, path: Path | str, out: Path, dry_run: bool, **options: Any) -> None:
     from bayeslr import importers
     from bayeslr.importers.mapping import MissingColumns
-    from bayeslr.runs import write_atomically
+    from bayeslr.runs import quarantine_path, write_atomically
 
     try:
         table = importers.read(format_name, str(path), **options)
@@ -237,17 +227,6 @@ def _echo_preview(path: Path | str, seen: Preview) -> None:
         typer.echo("  values that all runs share: --set column=value")
     else:
         typer.echo("\nnothing is missing")
-
-
-def _read_quarantine(path: Path) -> pd.DataFrame:
-    import pandas as pd
-
-    from bayeslr.errors import DataError
-
-    try:
-        return pd.read_csv(path, dtype=str, keep_default_na=False)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read: {error}; remove it, or import again") from error
 
 
 def _echo_quarantine(quarantine: pd.DataFrame, path: Path | None) -> None:

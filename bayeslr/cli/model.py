@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from bayeslr.errors import SpecError, UntrustworthyFit
-from bayeslr.units import format_extra_tokens, parse_quantity
+from bayeslr.units import counted, format_extra_tokens, parse_quantity
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -53,18 +53,20 @@ def fit(
     json: JsonOption = False,
 ) -> None:
     """Update a prior card with runs; write the fit folder. Exit code 4: not trustworthy."""
+    from bayeslr.posterior import require_place
     from bayeslr.priors import load_prior
     from bayeslr.runs import first_reasons, read_runs
     from bayeslr.runs.files import json_text
     from bayeslr.sampling import fit as run_fit
     from bayeslr.verdicts import with_verdicts
 
+    require_place(out)
     card = load_prior(prior)
     table = read_runs(*runs)
-    if len(table.quarantine):
+    if num := len(table.quarantine):
         _echo(
-            f"{len(table.quarantine)} rows are set aside (bayeslr check lists them):",
-            *(f"  {reason}" for reason in first_reasons(table.quarantine)),
+            f"{counted(num, 'row')} set aside (bayeslr check lists them):",
+            first_reasons(table.quarantine),
             err=True,
         )
     posterior = run_fit(

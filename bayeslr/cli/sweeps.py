@@ -204,7 +204,7 @@ def _print_summary(result: SweepResult) -> None:
         for n in (
             "report.html",
             "runs.parquet",
-            "runs.quarantine.csv",
+            "runs.parquet.quarantine.csv",
             "predictions.csv",
             "covariates.csv",
             "fit",

@@ -6,7 +6,7 @@ The state is the study alone. The folder of a sweep holds
     study.journal                the study, unless a storage URL was given
     runs/RUN_ID/                 one folder a run: spec, records, checkpoints, logs
     runs.parquet, fit/           the run table and the last fit
-    runs.quarantine.csv          rows that break a rule of the run table, if there are any
+    runs.parquet.quarantine.csv  rows that break a rule of the run table, if there are any
     predictions.csv, report.html what came of it
     validation.json              the target's own runs, where the recipe asks for them
 """

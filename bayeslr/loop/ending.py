@@ -23,7 +23,7 @@ from bayeslr.loop.validation import (
 )
 from bayeslr.loop.worker import Due, Progress, Stop, Worker
 from bayeslr.runner_protocol import Runner, Study, Trial, find_entry_point
-from bayeslr.runs import first_reasons, write_atomically
+from bayeslr.runs import first_reasons, quarantine_path, write_atomically
 from bayeslr.space import targets_of
 from bayeslr.specs import Recipe
 from bayeslr.units import counted
@@ -124,7 +124,7 @@ def advice(recipe: Recipe, out: Path) -> str:
 
 def _write_quarantine(table: RunTable, out: Path, progress: Progress) -> None:
     """Say which rows break a rule, and put them where `bayeslr check` looks for them."""
-    path = out / "runs.quarantine.csv"
+    path = quarantine_path(out / "runs.parquet")
     if not len(table.quarantine):
         path.unlink(missing_ok=True)  # that of an earlier end, whose runs have been made again
         return

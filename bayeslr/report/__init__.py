@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bayeslr import __version__
-from bayeslr.predict import predict
+from bayeslr.predict import predict, require_targets
 from bayeslr.report import checks, provenance, scaling, slices, stability, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
@@ -75,6 +75,7 @@ def render(
     flops_per_second: float | None = None,
 ) -> str:
     """The report's HTML."""
+    require_targets(given or [])
     page = _page(posterior, list(given or []), validation, flops_per_second)
     return render_page("bayeslr.report", page)
 

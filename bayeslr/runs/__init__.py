@@ -15,7 +15,7 @@ from bayeslr.runs.columns import (
     Column,
     nearest,
 )
-from bayeslr.runs.files import read_csv, read_rows, write_atomically
+from bayeslr.runs.files import quarantine_path, read_csv, read_rows, write_atomically
 from bayeslr.runs.insight import describe, identifiability
 from bayeslr.runs.table import (
     RunTable,
@@ -53,6 +53,7 @@ __all__ = [
     "make_table",
     "nearest",
     "numbers",
+    "quarantine_path",
     "read_csv",
     "read_rows",
     "read_runs",

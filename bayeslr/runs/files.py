@@ -36,6 +36,26 @@ def read_rows(path: Path) -> Rows:
     return reader(path)
 
 
+def quarantine_path(table: str | Path) -> Path:
+    """Where the rows that were set aside from a table lie: beside it, under its name."""
+    table = Path(table)
+    return table.with_name(f"{table.name}.quarantine.csv")
+
+
+def read_quarantine(table: str | Path) -> pd.DataFrame | None:
+    """Rows that were set aside when a table was written, all as text; None if there are none.
+
+    Raises: DataError where they cannot be read.
+    """
+    path = quarantine_path(table)
+    if not path.exists():
+        return None
+    try:
+        return pd.read_csv(path, dtype=str, keep_default_na=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read: {error}; remove it, or import again") from error
+
+
 def read_csv(path: Path) -> Rows:
     """Cells of a comma-separated file, all as text.
 

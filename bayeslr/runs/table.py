@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs.cells import Rows, empty_quarantine, first_reasons, quarantine_of, type_columns
 from bayeslr.runs.columns import COLUMN_NAMES, SHAPE_KEYS
-from bayeslr.runs.files import encode, json_lines, read_rows, write_atomically
+from bayeslr.runs.files import encode, json_lines, read_quarantine, read_rows, write_atomically
 from bayeslr.runs.rules import apply_rules
 from bayeslr.specs import COVARIATES
 from bayeslr.units import train_flops
@@ -140,12 +141,22 @@ def total_flops(frame: pd.DataFrame) -> float:
 def read_runs(*paths: str | Path) -> RunTable:
     """Read run tables (CSV, Parquet or JSON lines, by suffix) into one checked table.
 
+    Rows that were set aside when a table was written (`quarantine_path`) come first among those
+    that are set aside here.
     Raises: DataError if a file cannot be read, a required column is missing, parameter conventions
     are mixed, or no row is left.
     """
-    if not paths:
-        raise SpecError("read_runs needs at least one path")
-    return _check([read_rows(Path(path)) for path in paths])
+    if not paths or not all(isinstance(path, str | Path) for path in paths):
+        raise SpecError(
+            f"read_runs takes one or more paths, got {', '.join(map(repr, paths)) or 'none'}; "
+            "of a list of them: read_runs(*paths)"
+        )
+    table = _check([read_rows(Path(path)) for path in paths])
+    earlier = [rows for path in paths if (rows := read_quarantine(path)) is not None]
+    if not earlier:
+        return table
+    quarantine = pd.concat([*earlier, table.quarantine], ignore_index=True)
+    return dataclasses.replace(table, quarantine=quarantine)
 
 
 def make_table(
