@@ -233,11 +233,33 @@ def test_constants() -> None:
 
 
 def test_one_count_of_an_moe_model_is_not_taken_for_both() -> None:
-    headers = look_names(["num_params", "num_experts"])
-    found = guess(headers, [])
+    frame = pd.DataFrame({"num_params": ["1e8"], "num_experts": ["8"]})
+    names = look_names(list(frame))
+    found, _ = guess(frame, names, names, [])
     assert "n_total" in found
     assert "n_active" not in found
-    assert "n_active" in guess(look_names(["num_params"]), [])
+    names = look_names(["num_params"])
+    assert "n_active" in guess(frame, names, names, [])[0]
+
+
+def test_the_peak_lr_is_taken_not_that_of_the_last_step(tmp_path: Path) -> None:
+    """As nanoGPT logs to Weights & Biases, and the Trainer of transformers to MLflow."""
+    head, tail = "num_params,tokens,batch_tokens", "1.24e8,2.5e9,491520"
+    constants = ["param_convention=total"]
+    for settings, logged in (("learning_rate", "lr"), ("optimizer.learning_rate", "train/lr")):
+        text = f"Name,State,{settings},{logged},{head},train/loss,val/loss\n"
+        text += "".join(f"r{i},finished,{lr},6e-05,{tail},3.2,3.3\n"
+                        for i, lr in enumerate((3e-4, 6e-5)))  # fmt: skip
+        table = wandb.read(write(tmp_path / "w.csv", text), constants=constants)
+        assert column(table, "lr") == [3e-4, 6e-5]
+        assert column(table, "loss") == [3.3, 3.3]
+        (told,) = [w for w in table.warnings if "as the peak LR" in w]
+        assert f"--map lr={logged}" in told
+    logged = "metrics.loss,metrics.eval_loss,metrics.learning_rate"
+    header = f"run_id,status,{logged},params.learning_rate,{head}"
+    path = write(tmp_path / "m.csv", f"{header}\na,FINISHED,2.9,3.3,3e-05,3e-4,{tail}\n")
+    table = mlflow.read(path, constants=constants)
+    assert (column(table, "lr"), column(table, "loss")) == ([3e-4], [3.3])
 
 
 # Weights & Biases

@@ -77,8 +77,10 @@ def csv(
     if dry_run:
         from bayeslr.importers.csv import preview
 
-        _echo_preview(path, preview(path, family=family, mapping=mapping, constants=constants))
-        return
+        seen = preview(path, family=family, mapping=mapping, constants=constants)
+        _echo_preview(path, seen)
+        if seen.missing:
+            return
     _import("csv", path, out, dry_run, family=family, mapping=mapping, constants=constants)
 
 

@@ -152,13 +152,15 @@ def plan(
     rows: Rows,
     *,
     names: Mapping[str, str],
+    measured: Mapping[str, str] | None = None,
     family: str | None,
     mapping: Sequence[str],
     constants: Sequence[str],
 ) -> Plan:
     """Plan of an import from a tracker, whose column names depend on its user.
 
-    names: header by the name to look at, as from `look_names`.
+    names: header by the name to look at, as from `look_names`. measured: the same for what a run
+    measures, where the tool keeps that apart from what was set.
     """
     headers = [str(name) for name in rows.frame.columns]
     sources = parse_mapping(mapping, headers, rows.place)
@@ -170,12 +172,13 @@ def plan(
         fixed["family"] = Path(rows.place).stem
         warnings.append(f"no --family was given: all runs are of family {fixed['family']!r}")
     known = [*sources, *fixed]
+    guessed, doubts = guess(rows.frame, names, measured or names, known)
     return Plan(
         sources={name: source for name, source in sources.items() if name not in fixed},
         constants=fixed,
-        guessed=guess(names, known),
+        guessed=guessed,
         place=rows.place,
-        warnings=tuple(warnings),
+        warnings=(*warnings, *doubts),
     )
 
 
@@ -250,25 +253,59 @@ def statuses(
     return status.mask(blown, "diverged"), reason.mask(blown, "loss " + cells + ", state " + told)
 
 
-def guess(headers: Mapping[str, str], known: Sequence[str]) -> dict[str, Source]:
-    """Sources of our columns by the names that tools commonly use; nothing is guessed by likeness.
+# Measured by a run; all else was set before it.
+_MEASURED = ("loss", "loss_se", "tokens", "flops", "wall_s")
 
-    headers: their name in the file by the name to look at. known: columns that need no source.
+# Names that go before our own: trackers call the loss of a training step just loss.
+_BEFORE = {"loss": ("val_loss", "eval_loss", "validation_loss", "eval.loss", "val.loss")}
+
+
+def guess(
+    frame: pd.DataFrame, settings: Mapping[str, str], measured: Mapping[str, str],
+    known: Sequence[str],
+) -> tuple[dict[str, Source], list[str]]:  # fmt: skip
+    """Sources of our columns by the names that tools commonly use, and what is doubtful of them.
+
+    Nothing is guessed by likeness. settings, measured: header by the name to look at, for what was
+    set and for what a run measures. known: columns that need no source. Trackers log the LR of the
+    step as well: of several LRs the largest is the peak, for schedules only lower it.
     """
-    folded = {name.lower().replace("/", ".").replace("-", "_"): h for name, h in headers.items()}
     found: dict[str, Source] = {}
+    doubts: list[str] = []
     for name in _KINDS:
         if name in known:
             continue
-        for alias in (name, *ALIASES.get(name, ())):
-            if alias in folded:
-                found[name] = Source(headers=(folded[alias],))
-                break
+        names = measured if name in _MEASURED else settings
+        folded = {key.lower().replace("/", ".").replace("-", "_"): h for key, h in names.items()}
+        aliases = (*_BEFORE.get(name, ()), name, *ALIASES.get(name, ()))
+        headers = list(dict.fromkeys(folded[alias] for alias in aliases if alias in folded))
+        if name == "lr" and len(headers) > 1:
+            headers, doubt = _peak_first(frame, headers)
+            doubts += [doubt] if doubt else []
+        if headers:
+            found[name] = Source(headers=(headers[0],))
     experts = {"n_experts", "top_k"} & (found.keys() | set(known))
     counts = [found.get(name) for name in ("n_active", "n_total")]
     if experts and counts[0] is not None and counts[0] == counts[1]:
         del found["n_active"]  # one count of an MoE model is its total; the active one is not told
-    return found
+    return found, doubts
+
+
+def _peak_first(frame: pd.DataFrame, headers: Sequence[str]) -> tuple[list[str], str]:
+    """Columns of LRs, the largest first, and a sentence where they are not the same."""
+    lrs = {header: numbers(frame[header])[0] for header in headers}
+    median = {h: float(np.nanmedian(v)) if np.isfinite(v).any() else 0.0 for h, v in lrs.items()}
+    ordered = sorted(headers, key=lambda header: -median[header])
+    peak = lrs[ordered[0]]
+    others = [h for h in ordered[1:] if not np.allclose(lrs[h], peak, rtol=1e-6, equal_nan=True)]
+    if not others:
+        return list(headers), ""
+    differ = ", ".join(map(repr, others))
+    return ordered, (
+        f"lr is taken from {ordered[0]!r}, the largest, as the peak LR; {differ} "
+        f"{'differs' if len(others) == 1 else 'differ'} from it, as the LR of a step does. "
+        f"--map lr={others[0]} if that was the peak"
+    )
 
 
 def propose(headers: Sequence[str], known: Sequence[str]) -> list[str]:

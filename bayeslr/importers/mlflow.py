@@ -41,8 +41,11 @@ def read(
             f"{rows.place} has neither run_id nor Run ID, so it is no export of MLflow; "
             "any other table: bayeslr import csv"
         )
-    names = look_names(headers, prefixes=("metrics.", "params.", "tags."))
-    made = plan(rows, names=names, family=family, mapping=mapping, constants=constants)
+    made = plan(
+        rows, names=look_names(headers, prefixes=("params.", "tags.", "metrics.")),
+        measured=look_names(headers, prefixes=("metrics.", "params.", "tags.")),
+        family=family, mapping=mapping, constants=constants,
+    )  # fmt: skip
     given: dict[str, pd.Series[Any] | str] = {"run_id": rows.frame[id_header], "source": "mlflow"}
     state = next((h for h in ("status", "Status") if h in headers), None)
     if state is not None:
