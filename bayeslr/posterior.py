@@ -169,12 +169,20 @@ def make_posterior(
         "diagnostics": diagnostics,
         "trustworthy": trustworthy,
         "verdict": verdict,
-        "identifiability": identifiability(runs) if runs is not None else [],
+        "identifiability": _notes(prior, runs, method) if runs is not None else [],
         "data_hash": runs.data_hash if runs is not None else None,
         "num_quarantined": len(runs.quarantine) if runs is not None else 0,
         "versions": _versions(),
     }
     return Posterior(draws=dataset, prior=prior, info=info, design=design, runs=runs)
+
+
+def _notes(prior: Prior, runs: RunTable, method: str) -> list[str]:
+    """What the runs cannot tell, and where the card is one for other runs."""
+    if method == "two-stage":  # no prior, and no divergence
+        return [text.replace("the prior's", "not estimated") for text in identifiability(runs)
+                if "where divergence begins" not in text]  # fmt: skip
+    return [*identifiability(runs), *prior.contradictions(runs.frame)]
 
 
 _NOT_SAMPLED = {

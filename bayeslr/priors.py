@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from bayeslr.errors import SpecError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from numpy.typing import NDArray
 
 REFERENCE_KEYS = ("n_active", "n_total", "tokens")
@@ -80,6 +82,25 @@ class Prior:
     extends: str | None = None
     path: Path | None = field(default=None, compare=False)
 
+    def contradictions(self, frame: pd.DataFrame) -> list[str]:
+        """Where the runs of a table are not those that the card holds for: a sentence, if they are
+        not.
+        """
+        held, found = [], []
+        for key, column in _HELD.items():
+            words = set(re.findall(r"\w+", self.holds_for.get(key, "").lower().replace("-", "_")))
+            values = sorted(set(frame[column].dropna().astype(str).str.lower()))
+            others = [value for value in values if value.replace("-", "_") not in words]
+            if words and others:
+                held.append(f"{key} {self.holds_for[key]}")
+                found += others
+        if not found:
+            return []
+        return [
+            f"card {self.name} is for {', '.join(held)}, and runs here have {', '.join(found)}: "
+            "the exponents that it expects may not be theirs (bayeslr priors list shows the cards)"
+        ]
+
     def __getitem__(self, name: str) -> Distribution:
         """Distribution of one parameter. Raises: SpecError if the card does not hold it."""
         if name not in self.parameters:
@@ -103,6 +124,12 @@ class Prior:
             "log_tokens": math.log(self.reference["tokens"]),
         }
 
+
+# Column of the run table that says whether runs are those that a card holds for, by the card's key.
+_HELD = {
+    "parametrization": "parametrization", "optimizer": "optimizer", "schedule": "schedule",
+    "parameters": "param_convention",
+}  # fmt: skip
 
 # Every parameter that the valley model needs, in the order of a card.
 PARAMETERS: dict[str, str] = {

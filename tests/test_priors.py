@@ -7,6 +7,7 @@ from pathlib import Path
 from statistics import NormalDist
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from bayeslr.errors import SpecError
@@ -72,6 +73,18 @@ def test_draws_repeat_with_their_seed() -> None:
     first, again, other = (parameter.draw(np.random.default_rng(s), 5) for s in (1, 1, 2))
     assert (first == again).all()
     assert not (first == other).any()
+
+
+def test_runs_that_a_card_is_not_for_are_named() -> None:
+    table = pd.DataFrame({
+        "parametrization": ["mup", None], "optimizer": ["AdamW", "muon"],
+        "schedule": [None, "cosine"], "param_convention": ["non_embedding"] * 2,
+    })  # fmt: skip
+    (told,) = load_prior("moe-default").contradictions(table)
+    assert "is for parametrization sp, optimizer adamw, and runs here have mup, muon:" in told
+    assert load_prior("moe-default").contradictions(table.iloc[:0]) == []
+    (told,) = load_prior("transfer").contradictions(table)
+    assert "mup:" not in told.partition("runs here")[2]
 
 
 def test_log_reference_is_natural() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -282,6 +283,8 @@ def test_the_card_alone_and_two_stage_have_reports_too() -> None:
     two_stage = render(fit(made_up_runs(), method="two-stage"), [TARGET])
     assert "Two-stage estimate" in two_stage
     assert "not modelled" in two_stage
+    assert "probability that the run diverges" in alone
+    assert "probability that the run diverges" not in two_stage
     parse(alone)
     parse(two_stage)
 
@@ -293,7 +296,12 @@ def test_two_families_and_a_stranger() -> None:
     )
     text = render(two, [stranger])
     assert "2 families" in text
-    assert "population level" in text
+    assert "a recipe without runs: population level" in text
+    assert "No run shares the recipe of new" in text
+    unnamed = render(two, [dataclasses.replace(stranger, family=None)])
+    assert "no family was named: population level" in unnamed
+    assert "Named as one of one, two, it would be predicted by its own runs" in unnamed
+    assert "No run shares" not in unnamed
     assert text.count("<figure><h3>") >= MAX_VALLEYS
 
 

@@ -260,13 +260,19 @@ def regret(
     mean: FloatArray,
     q05: FloatArray,
     q95: FloatArray,
-    p_diverge: FloatArray,
+    p_diverge: FloatArray | None,
     choice: float,
     description: str,
 ) -> str:
-    """What each LR would cost at the target, in nats, and how likely it diverges; each (lr,)."""
-    with drawing(430, 290) as figure:
-        upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
+    """What each LR would cost at the target, in nats, and how likely it diverges; each (lr,).
+
+    p_diverge: None where the method knows nothing of divergence.
+    """
+    with drawing(430, 290 if p_diverge is not None else 230) as figure:
+        if p_diverge is None:
+            upper = lower = figure.subplots()
+        else:
+            upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
         upper.set_xscale("log")
         upper.fill_between(lr, q05, q95, color=POSTERIOR, alpha=0.16, linewidth=0)
         upper.plot(lr, mean, color=POSTERIOR, linewidth=1.8)
@@ -275,15 +281,16 @@ def regret(
         top = float(np.max(mean[within_octave], initial=2 * at_choice))
         upper.set_ylim(0, 1.25 * top)
         upper.set_ylabel("expected regret, nats")
-        lower.fill_between(lr, 0, 100 * p_diverge, color=WARN, alpha=0.25, linewidth=0)
-        lower.plot(lr, 100 * p_diverge, color=WARN, linewidth=1.4)
-        lower.set_ylim(0, 100)
-        lower.set_yticks([0, 50, 100])
-        lower.set_ylabel("diverges, %")
+        if p_diverge is not None:
+            lower.fill_between(lr, 0, 100 * p_diverge, color=WARN, alpha=0.25, linewidth=0)
+            lower.plot(lr, 100 * p_diverge, color=WARN, linewidth=1.4)
+            lower.set_ylim(0, 100)
+            lower.set_yticks([0, 50, 100])
+            lower.set_ylabel("diverges, %")
         lower.set_xlabel("peak LR of the target")
         lower.set_xlim(lr[0], lr[-1])
         log_axis(lower.xaxis, lr[0], lr[-1], 8)
-        for axes in (upper, lower):
+        for axes in {upper, lower}:
             axes.axvline(choice, color=INK, linewidth=1, linestyle=(0, (4, 3)))
             axes.grid(axis="y")
         _mark_choice(upper, choice, at_choice)

@@ -73,14 +73,25 @@ def _distance_notes(
             f"{which}: there the law carries the prediction, not the runs. A rung in between "
             "would narrow the interval most."
         )
-    strangers = [row["target_id"] for row in predictions if row["level"] != "family"]
-    if strangers and posterior.info["families"]:
+    if not (families := posterior.info["families"]):
+        return notes
+    apart = [t for t, row in zip(targets, predictions, strict=True) if row["level"] != "family"]
+    strangers = [target.target_id for target in apart if target.family is not None]
+    if strangers:
         notes.append(
-            f"No run shares the recipe of {', '.join(strangers[:3])}"
-            f"{' and others' if len(strangers) > 3 else ''}: predicted for the population of "
+            f"No run shares the recipe of {_some(strangers)}: predicted for the population of "
             "recipes, and wider for it."
         )
+    if unnamed := [target.target_id for target in apart if target.family is None]:
+        notes.append(
+            f"No family is named for {_some(unnamed)}: predicted for the population of recipes. "
+            f"Named as one of {', '.join(families)}, it would be predicted by its own runs."
+        )
     return notes
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (" and others" if len(names) > 3 else "")
 
 
 def diagnostics(posterior: Posterior) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,6 +106,12 @@ def _stars(posterior: Posterior, design: Design) -> list[dict[str, float]]:
     return [dict.fromkeys(QUANTILES, math.exp(v)) if np.isfinite(v) else {} for v in vertex]
 
 
+def _interval(star: Mapping[str, float]) -> str:
+    """The 90 % interval of LR*; empty where it is not known, as of the bottom of a parabola."""
+    known = star and star["q05"] < star["q95"]
+    return interval_text(star["q05"], star["q95"]) if known else ""
+
+
 def names(design: Design, number: int) -> tuple[str, str]:
     """What a slice is called: its shape, and its horizon with its batch."""
     x = {key: float(values[number]) for key, values in design.slice_features().items()}
@@ -150,11 +157,11 @@ def valley_cards(posterior: Posterior, chosen: list[Slice]) -> list[dict[str, st
         everything = np.concatenate([one.lr, one.diverged_lr, list(one.star.values())])
         lr = np.geomspace(everything.min() / 1.25, everything.max() * 1.25, 120)
         best = format_lr(one.best_lr) if one.best_lr is not None else "none"
-        optimum = (
-            f"optimum {interval_text(one.star['q05'], one.star['q95'])} with 90 % probability"
-            if one.star
-            else "no optimum found"
-        )
+        optimum = "no optimum found"
+        if one.star:
+            interval = _interval(one.star)
+            at = f"{interval} with 90 % probability" if interval else format_lr(one.star["q50"])
+            optimum = f"optimum {at}"
         cards.append(
             {
                 "title": title,
@@ -221,7 +228,7 @@ def slice_rows(
                 "diverged": len(one.diverged_lr),
                 "best": format_lr(one.best_lr) if one.best_lr is not None else "none",
                 "optimum": format_lr(one.star["q50"]) if one.star else "none",
-                "interval_90": interval_text(one.star["q05"], one.star["q95"]) if one.star else "",
+                "interval_90": _interval(one.star),
                 "open_side": one.edge or "",
                 "edge": "not known" if log_edge is None else format_lr(np.exp(log_edge[1, s])),
                 "edge_90": ""

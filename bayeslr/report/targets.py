@@ -85,7 +85,7 @@ def target_rows(
             {
                 "name": target.target_id,
                 "scale": scale_text(target),
-                "family_note": _family_note(row),
+                "family_note": _family_note(target, row),
                 "lr": format_lr(row["lr"]),
                 "interval_50": interval_text(row["lr_q25"], row["lr_q75"]),
                 "interval_90": interval_text(row["lr_q05"], row["lr_q95"]),
@@ -124,12 +124,11 @@ def covariate_rows(posterior: Posterior, targets: Sequence[Target]) -> list[dict
     return rows
 
 
-def _family_note(row: dict[str, Any]) -> str:
-    if row["level"] == "family":
+def _family_note(target: Target, row: dict[str, Any]) -> str:
+    if row["level"] == "family" or not math.isfinite(row["extrapolation"]):
         return ""
-    if not math.isfinite(row["extrapolation"]):
-        return ""
-    return "a recipe without runs: population level"
+    why = "no family was named" if target.family is None else "a recipe without runs"
+    return f"{why}: population level"
 
 
 def _risk(posterior: Posterior, probability: float) -> str:
@@ -215,6 +214,11 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
     curve = np.stack([predict.regret_draws(at, np.log([value]))[:, 0] for value in grid])
     risks = np.array([predict.p_diverge(at, np.log([value]))[:, 0].mean() for value in grid])
     half, double = rows[1]["regret"], rows[5]["regret"]
+    knows_edge = bool(np.isfinite(at.log_edge).any())
+    below = (
+        " Below: probability that the run diverges; one that does has to be trained again, and is "
+        "charged the nats that twice its tokens would have bought as well."
+    )
     return {
         "target": f"{target.target_id} ({scale_text(target)})",
         "rows": rows,
@@ -224,12 +228,11 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
             mean=curve.mean(axis=1),
             q05=np.quantile(curve, 0.05, axis=1),
             q95=np.quantile(curve, 0.95, axis=1),
-            p_diverge=risks,
+            p_diverge=risks if knows_edge else None,
             choice=lr,
             description=f"Expected regret of each LR. It is least at {format_lr(lr)}; at half of "
             f"it {half} nats, at twice it {double} nats.",
         ),
         "caption": "Line: expected regret. Band: 90 % of the posterior. Diamond: the recommended "
-        "LR. Below: probability that the run diverges; one that does has to be trained again, and "
-        "is charged the nats that twice its tokens would have bought as well.",
+        "LR." + (below if knows_edge else ""),
     }
