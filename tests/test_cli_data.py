@@ -92,6 +92,14 @@ def test_dry_run_writes_nothing(steplaw: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["steplaw.csv"]
 
 
+def test_dry_run_checks_the_rows_of_a_whole_table(tmp_path: Path) -> None:
+    columns = "run_id,family,lr,n_active,n_total,param_convention,tokens,batch_tokens,loss,status"
+    path = tmp_path / "runs.csv"
+    path.write_text(f"{columns}\na,f,1e-3,,1e8,total,2e9,5e5,3.0,ok\n")
+    with pytest.raises(DataError, match="no row is left"):
+        bayeslr("import", "csv", path, "--dry-run")
+
+
 def test_dry_run_of_a_tracker_shows_what_is_missing(tmp_path: Path) -> None:
     path = tmp_path / "wandb.csv"
     path.write_text(

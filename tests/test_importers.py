@@ -260,6 +260,10 @@ def test_the_peak_lr_is_taken_not_that_of_the_last_step(tmp_path: Path) -> None:
     path = write(tmp_path / "m.csv", f"{header}\na,FINISHED,2.9,3.3,3e-05,3e-4,{tail}\n")
     table = mlflow.read(path, constants=constants)
     assert (column(table, "lr"), column(table, "loss")) == ([3e-4], [3.3])
+    nested = path.read_text(encoding="utf-8").replace("params.l", "params.optimizer.l")
+    table = mlflow.read(write(path, nested), constants=constants)
+    assert column(table, "lr") == [3e-4]
+    assert any("as the peak LR" in warning for warning in table.warnings)
 
 
 # Weights & Biases

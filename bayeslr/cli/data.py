@@ -228,7 +228,7 @@ def _echo_preview(path: Path | str, seen: Preview) -> None:
             typer.echo(f"  perhaps --map {proposal}")
         typer.echo("  values that all runs share: --set column=value")
     else:
-        typer.echo("\nnothing is missing")
+        typer.echo("\nno column is missing")
 
 
 def _echo_quarantine(quarantine: pd.DataFrame, path: Path | None) -> None:

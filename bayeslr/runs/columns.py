@@ -99,7 +99,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
         "parametrization": "parameterization",
         "optimizer": "optim optimizer_name optimizer.name optimizer.type",
         "schedule": "lr_schedule scheduler lr_scheduler lr_scheduler_type lr_decay_style",
-        "lr": "learning_rate peak_lr lr_peak learning_rate_peak max_lr base_lr optimizer.lr eta",
+        "lr": "learning_rate peak_lr lr_peak learning_rate_peak max_lr base_lr optimizer.lr "
+        "optimizer.learning_rate eta",
         "weight_decay": "wd",
         "n_active": "active_params active_parameters num_active_params n_params num_params "
         "params parameters parameter_count model_size n",
