@@ -62,10 +62,13 @@ def plan(
     from bayeslr.runner_protocol import find_runner
     from bayeslr.runs.files import json_text
     from bayeslr.space import targets_of
+    from bayeslr.verdicts import warnings_of
 
     if out is not None and out.suffix not in ("", ".jsonl", ".json"):
         raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
     posterior, recipe = load(fit), open_recipe(space)
+    for text in warnings_of(posterior.info):
+        typer.echo(f"Warning: {text}", err=True)
     flops, flops_per_second = _budget(budget, hours, rate, recipe.flops_per_second)
     found = make_plan(posterior, recipe, budget_flops=flops, num_runs=num_runs)
     table = predict(posterior, targets_of(recipe, find_runner(recipe)))
