@@ -258,6 +258,10 @@ def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
         if stem == "lr":
             level = level + draws["lr_sparsity"] * away["log_sparsity"]
         return np.asarray(level + draws[sd] * normal(name))
+    if name in ("loss_n_active", "loss_tokens"):
+        by = name.removeprefix("loss_")
+        carried = prior.log_loss_part(by, away[f"log_{by}"] + prior.log_reference[f"log_{by}"])
+        return np.asarray(np.exp(carried + prior[name].scale * normal(name)))
     if name in PER_FAMILY:
         return np.asarray(prior[name].location * np.exp(prior[name].scale * normal(name)))
     if name == "loss_level":
@@ -476,8 +480,7 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     )  # fmt: skip
     # Least squares knows no losses: their price in tokens is the card's.
     prior = posterior.prior
-    exponent = prior["loss_exponent_tokens"].location
-    bought = np.exp(-exponent * (x["log_tokens"] - prior.log_reference["log_tokens"]))
+    bought = np.exp(prior.log_loss_part("tokens", x["log_tokens"]))
     return TargetDraws(
         log_lr=log_lr,
         log_curvature=np.broadcast_to(np.log(draws["curvature"][:, None]), shape),
@@ -485,8 +488,8 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
         log_edge=np.full(shape, np.inf),
         edge_width=np.ones((thinned.num_draws, 1)),
         floor=np.full(shape, np.nan),
-        loss_tokens=np.broadcast_to(prior["loss_tokens"].location * bought, shape),
-        loss_exponent=np.full((thinned.num_draws, 1), exponent),
+        loss_tokens=np.broadcast_to(bought, shape),
+        loss_exponent=np.full((thinned.num_draws, 1), prior["loss_exponent_tokens"].location),
         diverged_loss=prior["diverged_loss"].location,
     )
 

@@ -124,6 +124,13 @@ class Prior:
             "log_tokens": math.log(self.reference["tokens"]),
         }
 
+    def log_loss_part(self, by: str, log_value: Any) -> Any:
+        """Log of the median of what more ``n_active`` or ``tokens`` would remove of the loss, at
+        natural logs of either: the card's value at its reference, carried by its median exponent.
+        """
+        part, exponent = self[f"loss_{by}"].location, self[f"loss_exponent_{by}"].location
+        return math.log(part) - exponent * (log_value - math.log(self.reference[by]))
+
 
 # Column of the run table that says whether runs are those that a card holds for, by the card's key.
 _HELD = {
@@ -165,8 +172,8 @@ PARAMETERS: dict[str, str] = {
     "edge_width": "width of the divergence edge",
     "diverged_loss": "most that a run is charged for its LR, and for training it again if diverged",
     "loss_irreducible": "loss that neither parameters nor tokens remove",
-    "loss_n_active": "loss that more parameters would remove, at the centre of the data",
-    "loss_tokens": "loss that more tokens would remove, at the centre of the data",
+    "loss_n_active": "loss that more parameters would remove, at the reference",
+    "loss_tokens": "loss that more tokens would remove, at the reference",
     "loss_exponent_n_active": "exponent of the loss in active parameters",
     "loss_exponent_tokens": "exponent of the loss in tokens",
     "loss_unannealed": "loss above the floor before the LR has decayed",

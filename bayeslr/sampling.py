@@ -127,7 +127,10 @@ def _data_start(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior) ->
         loss_level[g], lr_level[g] = level, lr
     # Of the loss, parameters and tokens remove what the card says, but a fifth each at most.
     law = ("n_active", "tokens")
-    parts = [np.minimum(prior[f"loss_{name}"].location, 0.2 * loss_level) for name in law]
+    parts = [
+        np.minimum(np.exp(prior.log_loss_part(by, arrays[f"family_log_{by}"])), 0.2 * loss_level)
+        for by in law
+    ]
     exponents = [prior[f"loss_exponent_{name}"].location for name in law]
     x[compiled.index("log_loss_level")] = np.log(loss_level)
     x[compiled.index("loss_ratio")] = np.log(parts / (loss_level - sum(parts))).ravel()

@@ -231,3 +231,20 @@ def test_the_implied_interval_is_that_of_the_card() -> None:
     assert math.log(row["lr_q50"]) == pytest.approx(location, abs=0.06)
     half = NormalDist().inv_cdf(0.95) * scale
     assert math.log(row["lr_q95"] / row["lr_q05"]) > 2 * half
+
+
+@pytest.mark.parametrize("name", list_priors())
+def test_every_card_states_the_loss_law_at_its_own_reference(name: str) -> None:
+    """Chinchilla's refit (2404.10102): 482.01 N^-0.3478 and 2085.43 D^-0.3658."""
+    card = load_prior(name)
+    by_size = 482.01 * card.reference["n_active"] ** -0.3478
+    by_tokens = 2085.43 * card.reference["tokens"] ** -0.3658
+    assert card["loss_n_active"].location == pytest.approx(by_size, rel=0.02)
+    assert card["loss_tokens"].location == pytest.approx(by_tokens, rel=0.02)
+    # Carried to data of another scale it stays near the refit: 60M parameters, 2B tokens.
+    carried = (
+        card.log_loss_part("n_active", math.log(6e7)),
+        card.log_loss_part("tokens", math.log(2e9)),
+    )
+    refit = math.log(482.01 * 6e7**-0.3478), math.log(2085.43 * 2e9**-0.3658)
+    assert carried == pytest.approx(refit, abs=0.3)

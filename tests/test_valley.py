@@ -175,8 +175,15 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     slopes = np.exp(point["log_loss_slope"])
     p["loss_exponent_n_active"] = slopes[0] / p["loss_n_active"]
     p["loss_exponent_tokens"] = slopes[1] / p["loss_tokens"]
+    # The card's parts hold at its reference; its own exponents carry them to the family's centre.
+    own_n, own_d = np.exp(arrays["family_log_n_active"]), np.exp(arrays["family_log_tokens"])
+    carried = {
+        "loss_n_active": (own_n / ref_n) ** -card["loss_exponent_n_active"].location,
+        "loss_tokens": (own_d / ref_d) ** -card["loss_exponent_tokens"].location,
+    }
     for name in LOSS_LAW:
-        total += np.sum(normal(np.log(p[name] / card[name].location), 0, card[name].scale))
+        median = card[name].location * carried.get(name, 1.0)
+        total += np.sum(normal(np.log(p[name] / median), 0, card[name].scale))
     loss_law = loss_level[g] - p["loss_n_active"][g] * (
         1 - np.exp(-p["loss_exponent_n_active"][g] * arrays["shape_own_n_active"])
     )

@@ -204,6 +204,9 @@ def _draw(prior: Prior, design: Design, fitted: NDArray[np.int64],
     slope = normal(
         np.array([p[name] for name in SLOPES]), "lr_slope_family_sd", (num_families, len(SLOPES))
     )
+    for by in ("n_active", "tokens"):
+        carried = prior.log_loss_part(by, own[f"log_{by}"])
+        p[f"loss_{by}"] *= np.exp(carried) / prior[f"loss_{by}"].location
     irreducible = prior["loss_irreducible"].draw(rng, num_families)
     loss_level = irreducible + p["loss_n_active"] + p["loss_tokens"]
 

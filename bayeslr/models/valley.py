@@ -132,7 +132,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "shape_has_slope": _centring(design.log_tokens, shape_of_cell, design.num_shapes),
         "shape_has_floor": ~shape_alone * cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
-        "family_log_batch": own["log_batch"],
+        **{f"family_{name}": own[name] for name in ("log_n_active", "log_tokens", "log_batch")},
         "centre": np.array([mid[name] for name in REGRESSORS]),
         **{f"cell_{name}": values for name, values in cells.items()},
     }
@@ -251,8 +251,11 @@ def _nested(data: Mapping[str, Any], sizes: tuple[int, int, int], *levels: Any) 
     return values
 
 
-def _loss_law(prior: Prior, num_families: int) -> tuple[Any, dict[str, Any]]:
+def _loss_law(prior: Prior, centre: Mapping[str, Any], num_families: int,
+              ) -> tuple[Any, dict[str, Any]]:  # fmt: skip
     """Loss at the centre of a family's data, and the four parameters of its law, each (family,).
+
+    centre: natural logs of n_active and tokens there, (family,) each.
 
     The card speaks of three parts, those that parameters, tokens and nothing remove, and of two
     exponents. Data tell their sum and the two slopes, part times exponent. Those are sampled,
@@ -271,13 +274,15 @@ def _loss_law(prior: Prior, num_families: int) -> tuple[Any, dict[str, Any]]:
         "loss_n_active": log_part[0], "loss_tokens": log_part[1],
         "loss_exponent_n_active": log_exponent[0], "loss_exponent_tokens": log_exponent[1],
     }  # fmt: skip
-    total = 0.0
-    for name, value in [*logs.items(), ("loss_irreducible", log_level - log_total)]:
-        of = pm.Normal.dist(np.log(prior[name].location), prior[name].scale)
+    logs["loss_irreducible"] = log_level - log_total
+    total, carried = 0.0, {f"loss_{by}": prior.log_loss_part(by, at) for by, at in centre.items()}
+    for name, value in logs.items():
+        log_median = carried.get(name, np.log(prior[name].location))
+        of = pm.Normal.dist(log_median, prior[name].scale)
         total += pm.logp(of, value).sum()
     pm.Potential("loss_law_prior", total)
     return pm.Deterministic("loss_level", pt.exp(log_level)), {
-        name: pm.Deterministic(name, pt.exp(value)) for name, value in logs.items()
+        name: pm.Deterministic(name, pt.exp(logs[name])) for name in _LOSS_LAW
     }
 
 
@@ -350,7 +355,8 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             name: _variable(name, prior, shape=num_families)
             for name in PER_FAMILY if name not in (*_LOSS_LAW, "noise_sd")
         }  # fmt: skip
-        loss_level, loss_law = _loss_law(prior, num_families)
+        of_loss = {by: data[f"family_log_{by}"] for by in ("n_active", "tokens")}
+        loss_level, loss_law = _loss_law(prior, of_loss, num_families)
         p |= loss_law
         of_trunk, of_order, own = laws.noise_shares(
             data["run_in_trunk"], data["run_in_order"], p, pt
