@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from bayeslr.specs import Recipe, Target
 
-SCHEMA_VERSION = 5
+SCHEMA_VERSION = 6
 POSTERIOR_FILE, FIT_FILE, RUNS_FILE = "posterior.nc", "fit.json", "runs.parquet"
 
 

@@ -472,11 +472,14 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     x, centre = target_features(targets), posterior.info["centre"]
     away = np.stack([x[k] - centre[k] for k in REGRESSORS])
     shape = (thinned.num_draws, len(targets))
-    _, alike = np.unique(away.round(4), axis=1, return_inverse=True)
+    families = _families(posterior, targets)
+    column = np.array([-1 if g is None else g for g in families])
+    new_intercept = draws["mean_intercept"] + draws["family_sd"] * thinned.normal("family_sd")
+    intercept = np.column_stack([draws["intercept"], new_intercept])[:, column]
+    _, alike = np.unique(np.vstack([away.round(4), column]), axis=1, return_inverse=True)
     new = thinned.normals("residual_sd", int(alike.max()) + 1)[:, alike.ravel()]
     log_lr = (
-        draws["intercept"][:, None] + draws["coefficient"] @ away
-        + draws["residual_sd"][:, None] * new
+        intercept + draws["coefficient"] @ away + draws["residual_sd"][:, None] * new
     )  # fmt: skip
     # Least squares knows no losses: their price in tokens is the card's.
     prior = posterior.prior

@@ -11,7 +11,7 @@ from bayeslr.errors import DataError
 from bayeslr.features import Design, build_design
 from bayeslr.models.two_stage import fit, vertices
 from bayeslr.posterior import Posterior
-from bayeslr.runs import make_table
+from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import fit as run_fit
 from tests.model_fixtures import made_up_runs, run_record, target
 
@@ -116,6 +116,38 @@ def test_draws_repeat_with_their_seed() -> None:
     )
     assert (first == again).all()
     assert not (first == other).any()
+
+
+def of_families(*offsets: float, sizes: tuple[float, ...] = (5e7, 2e8)) -> RunTable:
+    """A family an offset of ln LR*, on one law of sizes and tokens."""
+    return make_table([
+        run_record(f"{offset}-{n}-{d}-{u}", n, d, 1e5, math.exp(law(n, d, 1e5) + offset + u),
+                   3.0 + 0.03 * u**2, n_total=n, family=f"at {offset}")
+        for offset in offsets for n in sizes for d in (2e9, 8e9) for u in STEPS
+    ])  # fmt: skip
+
+
+def test_each_family_has_an_intercept_and_a_new_one_their_scatter() -> None:
+    posterior = run_fit(of_families(-0.8, 0.0, 0.8), method="two-stage", num_draws=500)
+    at = {"n_active": 4e8, "n_total": 4e8, "tokens": 1.6e10, "batch_tokens": 1e5}
+    table = posterior.predict([
+        target(str(family), **at, family=family)
+        for family in ("at -0.8", "at 0.0", "at 0.8", "another")
+    ])  # fmt: skip
+    expected = law(4e8, 1.6e10, 1e5) + np.array([-0.8, 0.0, 0.8])
+    np.testing.assert_allclose(np.log(table["lr_q50"][:3]), expected, atol=1e-6)
+    assert table["level"].tolist() == ["family"] * 3 + ["population"]
+    # Three intercepts of sd 0.8 and their mean's own error: 0.8 root(4 / 3); 500 draws, fixed seed.
+    width = np.log(table["lr_q95"] / table["lr_q05"])
+    assert width[:3].max() < 1e-4
+    assert width[3] == pytest.approx(2 * 1.645 * 0.8 * math.sqrt(4 / 3), rel=0.15)
+
+
+def test_as_many_families_as_slices_are_refused_with_advice() -> None:
+    one_each = of_families(0.0, 0.8, sizes=(5e7,)).frame
+    runs = make_table(one_each[one_each["tokens"] == 2e9])
+    with pytest.raises(DataError, match=r"each of the 2 slices is of another family.*at a time"):
+        fit(build_design(runs), seed=1, num_draws=10)
 
 
 @pytest.fixture(scope="module")

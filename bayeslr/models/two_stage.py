@@ -2,7 +2,8 @@
 
 The baseline that every claim is measured against. Stage one takes the vertex of a parabola in ln LR
 through the runs around a slice's best; stage two regresses the vertices on ln n_active, ln
-sparsity, ln tokens and ln batch by ordinary least squares, with the covariance that goes with it.
+sparsity, ln tokens and ln batch by ordinary least squares, with the covariance that goes with it;
+each family has an intercept of its own.
 Diverged runs are dropped, and slices whose vertex lies outside the runs around it are left out, as
 is the custom; so are unfinished runs, whose best LR is not that of the run at its end, and runs
 whose covariates are not the reference.
@@ -66,10 +67,13 @@ def vertices(design: Design) -> tuple[FloatArray, FloatArray, FloatArray]:
 def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
     """Draws of the coefficients from their least-squares distribution.
 
-    Returns: ``intercept``, ``residual_sd``, ``curvature``, ``r_squared``, each (1, draw), and
-    ``coefficient`` (1, draw, regressor), about the centre of the data. A regressor that does not
-    vary by itself has coefficient zero.
-    Raises: DataError if fewer than two slices of finished runs have a vertex.
+    Returns: ``intercept`` (1, draw, family) and ``coefficient`` (1, draw, regressor), about the
+    centre of the data; ``mean_intercept``, ``family_sd``, ``residual_sd``, ``curvature`` and
+    ``r_squared``, each (1, draw). A regressor that does not vary by itself within families has
+    coefficient zero. A family that is new, or without a vertex, has the mean intercept of the
+    others, and their scatter about it.
+    Raises: DataError if fewer than two slices of finished runs have a vertex, or no more than there
+    are families among them.
     """
     vertex, curvature, _ = vertices(design)
     good = np.isfinite(vertex) & design.annealed[design.cell_of_slice]
@@ -78,17 +82,25 @@ def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
             "two-stage needs at least two slices of finished runs with a vertex inside them, got "
             f"{good.sum()}; add runs on both sides of each optimum, or fit with --method bayes"
         )
+    family, names = design.family_of_slice[good], np.array(design.families)
+    seen = np.unique(family)
+    if len(seen) >= good.sum():
+        raise DataError(
+            f"two-stage needs more slices with a vertex than families, and each of the {len(seen)} "
+            f"slices is of another family ({', '.join(names[seen])}); fit one family at a time, "
+            "add slices, or fit with --method bayes"
+        )
     features = design.slice_features()
     x = np.column_stack([features[name] - features[name].mean() for name in REGRESSORS])[good]
     # As many regressors as the slices can carry with a degree of freedom left, none that hardly
     # moves apart from the others; sparsity comes last, for it often moves with size.
     varies = np.zeros(len(REGRESSORS), dtype=bool)
-    columns = np.ones((len(x), 1))
+    intercepts = columns = (family[:, None] == seen).astype(float)
     for j in (REGRESSORS.index(name) for name in _ENTRY_ORDER):
         own = x[:, j] - columns @ np.linalg.lstsq(columns, x[:, j], rcond=None)[0]
         if columns.shape[1] + 1 < len(x) and own.std() > _LEAST_SPREAD:
             varies[j], columns = True, np.column_stack([columns, x[:, j]])
-    columns = np.column_stack([np.ones(len(x)), x[:, varies]])
+    columns = np.column_stack([intercepts, x[:, varies]])
     y = vertex[good]
     coefficient, *_ = np.linalg.lstsq(columns, y, rcond=None)
     residual = y - columns @ coefficient
@@ -103,10 +115,18 @@ def fit(design: Design, *, seed: int, num_draws: int) -> dict[str, FloatArray]:
     )
     draws = coefficient + scale[:, None] * (rng.normal(size=(num_draws, len(root))) @ root.T)
     full = np.zeros((num_draws, len(REGRESSORS)))
-    full[:, varies] = draws[:, 1:]
+    full[:, varies] = draws[:, len(seen) :]
+    known = draws[:, : len(seen)]
+    mean, family_sd = known.mean(axis=1), np.zeros(num_draws)
+    if len(seen) > 1:
+        family_sd = known.std(axis=1, ddof=1) * np.sqrt(1 + 1 / len(seen))
+    intercept = mean[:, None] + family_sd[:, None] * rng.normal(size=(num_draws, len(names)))
+    intercept[:, seen] = known
     return {
-        "intercept": draws[None, :, 0],
+        "intercept": intercept[None],
         "coefficient": full[None],
+        "mean_intercept": mean[None],
+        "family_sd": family_sd[None],
         "residual_sd": np.sqrt(variance) * scale[None],
         "curvature": np.full((1, num_draws), float(np.median(curvature[good]))),
         "r_squared": np.full((1, num_draws), 1 - float(residual @ residual) / max(total, 1e-300)),

@@ -55,7 +55,7 @@ def law_draws(posterior: Posterior, family: int, x: dict[str, FloatArray]) -> Fl
     centre = posterior.info["centre"]
     if "family_slope" not in posterior.draws:
         away = np.stack([x[key] - centre[key] for key in REGRESSORS])
-        law = posterior.flat("intercept")[:, None] + posterior.flat("coefficient") @ away
+        law = posterior.flat("intercept")[:, family, None] + posterior.flat("coefficient") @ away
         return np.asarray(law, dtype=np.float64)
     d_n, d_s, d_d = (x[key] - centre[key] for key in REGRESSORS[:3])
     column = {
