@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -73,7 +73,8 @@ class Proposal:
 
     ``saves_nats`` is the expected fall of the targets' mean regret, ``saves_flops`` what the falls
     are worth as compute of each target, both given the proposals before it. ``p_diverge`` is the
-    run's own; ``repeat`` is the candidate's; ``finishing`` says what the end is worth under way.
+    run's own; ``repeat`` is the candidate's; ``changed`` holds the covariates that are not at their
+    reference; ``finishing`` says what the end is worth under way.
     """
 
     spec: RunSpec
@@ -83,6 +84,7 @@ class Proposal:
     p_diverge: float
     reason: str
     repeat: bool = False
+    changed: Mapping[str, float] = field(default_factory=dict)
     finishing: Finishing | None = None
 
 
@@ -174,11 +176,11 @@ class _Covariates:
         shift, off_best, of_reference = total
         return shift, off_best, of_reference
 
-    def changed(self, candidate: int) -> str:
-        """What of a candidate's covariates is not the reference, as the end of a sentence."""
+    def changed(self, candidate: int) -> dict[str, float]:
+        """What of a candidate's covariates is not the reference, by name."""
         own = zip(self.names, self._z[candidate], strict=True)
         values = self._values[candidate]
-        return "".join(f"; {name} {values.get(name, 1.0):.3g}" for name, z in own if z)
+        return {name: float(values.get(name, 1.0)) for name, z in own if z}
 
     def valley_of(self, cell_of: Sequence[int]) -> list[int]:
         """Numbers candidates of one cell at the same covariates alike: they differ in LR."""
@@ -302,8 +304,8 @@ class _Beliefs:
         self._center()
         self._goal_before, self._loss_before = self.goal.copy(), self.loss.copy()
 
-    def changed(self, candidate: int) -> str:
-        """What of a candidate's covariates is not the reference, as the end of a sentence."""
+    def changed(self, candidate: int) -> dict[str, float]:
+        """What of a candidate's covariates is not the reference, by name."""
         return self._covariates.changed(candidate)
 
     def _center(self) -> None:
@@ -563,8 +565,9 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                     saves_nats=float(gains[best]) / len(group),
                     saves_flops=float(saves[best]) / len(group),
                     p_diverge=float(beliefs.p_diverge[i]),
-                    reason=reason + _peculiar(candidates[i]) + beliefs.changed(i),
+                    reason=reason + _peculiar(candidates[i]) + _named(beliefs.changed(i)),
                     repeat=candidates[i].repeat,
+                    changed=beliefs.changed(i),
                 )
             )
             bought.append((i, {*group, *(j for j, _ in bought)} - {i}))
@@ -587,6 +590,11 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
         proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
         stop_reason=stop_reason,
     )  # fmt: skip
+
+
+def _named(covariates: Mapping[str, float]) -> str:
+    """Covariates with their values, as the end of a sentence."""
+    return "".join(f"; {name} {value:.3g}" for name, value in covariates.items())
 
 
 def _peculiar(candidate: Candidate) -> str:

@@ -136,8 +136,8 @@ def covariate_table(posterior: Posterior, targets: Sequence[Target]) -> pd.DataF
     for), tried_low, tried_high, value (of least expected loss, within what was tried), best_q05 ..
     best_q95 (of the best value), gain_mean and gain_q05 (nats that the value saves over the
     reference), extra_tokens (share that would save as much), lr_factor (what the LR is to be
-    multiplied by with this value), sentence. Empty where no covariate differs within a slice, and
-    for targets of a family that the fit has not seen.
+    multiplied by with this value), sentence. A covariate that the runs of the target's family do
+    not vary has no row, and so has a target of a family that the fit has not seen.
     """
     import pandas as pd
 
@@ -149,6 +149,7 @@ def covariate_table(posterior: Posterior, targets: Sequence[Target]) -> pd.DataF
         _row(posterior, target, name, at)
         for target in seen
         for name, at in _at_target(posterior, names, target).items()
+        if np.ptp(_tried(posterior, target, name)) > 0
     ]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -175,23 +176,33 @@ def _at_target(posterior: Posterior, names: Sequence[str], target: Target) -> di
     }  # fmt: skip
 
 
+def _tried(posterior: Posterior, target: Target, name: str) -> FloatArray:
+    """Ln of a covariate over the reference in the runs of the target's family, (run,)."""
+    design = posterior.design
+    assert design is not None
+    mine = design.family_of_slice[design.slice_of_run] == family_of(posterior, target)
+    return np.asarray(design.covariate_of_run[mine, design.covariates.index(name)])
+
+
 def _row(posterior: Posterior, target: Target, name: str, at: _AtTarget) -> dict[str, Any]:
     design, g = posterior.design, family_of(posterior, target)
     assert design is not None
     k = design.covariates.index(name)
-    reference = float(design.covariate_reference[g, k])
-    mine = design.family_of_slice[design.slice_of_run] == g
-    tried = design.covariate_of_run[mine, k]
+    reference, least = (
+        float(of[g, k]) for of in (design.covariate_reference, design.covariate_least)
+    )
+    tried = _tried(posterior, target, name)
     low, high = float(tried.min()), float(tried.max())
     chosen = float(np.clip(least_expected(at.best, at.curvature), low, high))
     gain = at.curvature * (at.best**2 - (chosen - at.best) ** 2)
     mean = float(gain.mean())
     best = reference * np.exp(np.quantile(at.best, QUANTILES))
     row = {
-        "target_id": target.target_id, "covariate": name, "reference": reference,
-        "tried_low": _stated(reference * math.exp(low), float(design.covariate_least[g, k])),
+        "target_id": target.target_id, "covariate": name,
+        "reference": _stated(reference, least),
+        "tried_low": _stated(reference * math.exp(low), least),
         "tried_high": reference * math.exp(high),
-        "value": reference * math.exp(chosen),
+        "value": _stated(reference * math.exp(chosen), least),
         **dict(zip(_BEST_COLUMNS, best.tolist(), strict=True)),
         "gain_mean": mean, "gain_q05": float(np.quantile(gain, 0.05)),
         "extra_tokens": float(extra_tokens_share(at.valley, np.array([max(mean, 0.0)]))[0]),
@@ -211,10 +222,8 @@ def _sentence(row: Mapping[str, Any]) -> str:
         f"{row['covariate']} for {row['target_id']}: the best value lies between "
         f"{row['best_q05']:.3g} and {row['best_q95']:.3g} with 90 % probability"
     )
-    if not row["tried_high"] > row["tried_low"]:
-        return f"{told}, by the card alone: this family tried {row['reference']:.3g} only."
     told += f" (tried: {row['tried_low']:.3g} to {row['tried_high']:.3g}); "
-    if math.isclose(row["value"], row["reference"], rel_tol=0.02):
+    if math.isclose(row["value"], row["reference"], rel_tol=0.02):  # none at all, too
         return f"{told}stay at {row['reference']:.3g}."
     sure = "" if row["gain_q05"] > 0 else ", though it may lose some"
     return (

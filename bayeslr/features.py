@@ -193,6 +193,7 @@ def _covariates(
     `Design`.
 
     A weight decay that is not stated is the reference, none at all a tenth of the family's least.
+    A family that states none has the reference of the whole table, and one without any its least.
     """
     num_families = int(family_of_run.max()) + 1
     names, logs, references, leasts = [], [], [], []
@@ -202,10 +203,12 @@ def _covariates(
         for g in range(num_families):
             mine = family_of_run == g
             own = values[mine]
-            least[g] = own[own > 0].min() / 10 if (own > 0).any() else 1.0
+            positive = own[own > 0] if (own > 0).any() else values[values > 0]
+            least[g] = positive.min() / 10
             own = own.where(own != 0, least[g])
-            modes = own.mode()  # ascending, so that the order of rows does not matter
-            reference[g] = modes[(len(modes) - 1) // 2] if len(modes) else 1.0
+            # Ascending, so that the order of rows does not matter.
+            modes = (own if own.notna().any() else positive).mode()
+            reference[g] = modes[(len(modes) - 1) // 2]
             log[mine] = np.log(own.fillna(reference[g]) / reference[g])
         names.append(name)
         logs.append(log)

@@ -187,7 +187,7 @@ def _notes(prior: Prior, runs: RunTable, method: str) -> list[str]:
 
 _NOT_SAMPLED = {
     "two-stage": "Least squares: its intervals know the scatter of the optima about the law, and "
-    "nothing of the law's own error.",
+    "nothing of the law's own error. What a loss is worth in tokens is the card's.",
     "prior": "No run was used: this is the published evidence alone.",
 }
 

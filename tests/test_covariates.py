@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from bayeslr import acquire, laws
 from bayeslr.cli import app
+from bayeslr.cli.plan import _lines
 from bayeslr.covariates import covariate_table, log_ratio
 from bayeslr.errors import SpecError
 from bayeslr.features import Design, build_design
@@ -103,6 +104,27 @@ def test_the_reference_is_what_most_runs_have_and_none_is_a_tenth_of_the_least()
     assert design.covariate_reference.tolist() == [[0.1]]
     wanted = [0.0, math.log(3), 0.0, math.log(0.01 / 0.1), 0.0]
     np.testing.assert_allclose(design.covariate_of_run[:, 0], wanted, atol=1e-12)
+
+
+def test_a_family_that_states_no_weight_decay_has_the_reference_of_the_table() -> None:
+    given = {"varied": (0.1, 0.3, 0.1), "silent": (None,) * 3, "without": (0.0,) * 3}
+    design = build_design(make_table([
+        run_record(f"{family}{i}", 1e8, 2e9, 1e5, 1e-3 * 2**i, 3.0, weight_decay=w, family=family)
+        for family, values in given.items() for i, w in enumerate(values)
+    ]))  # fmt: skip
+    at = dict(zip(design.families, design.covariate_reference[:, 0].tolist(), strict=True))
+    assert at == {"varied": 0.1, "silent": 0.1, "without": pytest.approx(0.01)}
+    silent, without = (design.families.index(name) for name in ("silent", "without"))
+    assert log_ratio(design, "weight_decay", 0.3, silent) == pytest.approx(math.log(3))
+    assert log_ratio(design, "weight_decay", 0.0, without) == 0.0
+
+
+def test_a_covariate_that_a_family_does_not_vary_has_no_row(told: Posterior) -> None:
+    assert told.design is not None
+    assert len(covariate_table(told, [target()])) == 1
+    same = np.zeros_like(told.design.covariate_of_run)
+    design = dataclasses.replace(told.design, covariate_of_run=same)
+    assert covariate_table(dataclasses.replace(told, design=design), [target()]).empty
 
 
 def test_no_weight_decay_at_all_is_said_to_have_been_tried(told: Posterior) -> None:
@@ -314,7 +336,7 @@ def test_what_is_not_known_of_a_multiplier_is_worth_a_run(posterior: Posterior) 
     before = tried.regret()
     tried.observe(2)
     assert tried.regret() < before - 0.5 * falls[2]
-    assert "lr_multiplier_router 4" in tried.changed(2)
+    assert tried.changed(2) == {"lr_multiplier_router": 4.0}
 
 
 def test_a_card_alone_can_choose_among_multipliers() -> None:
@@ -323,7 +345,10 @@ def test_a_card_alone_can_choose_among_multipliers() -> None:
         prior_posterior("moe-default"), pool, [target()], num_runs=6, budget_flops=1e18, seed=1,
         only_paying=False,
     )  # fmt: skip
-    assert any("router 4" in p.reason for p in plan.proposals)
+    told = [i for i, p in enumerate(plan.proposals, start=1) if "router 4" in p.reason]
+    assert told
+    printed = [line.split() for line in _lines(plan, []) if "  with " in line]
+    assert printed == [[f"{i}", "with", "lr_multiplier_router", "4"] for i in told]
     assert plan.regret_after < plan.regret_now
 
 

@@ -67,7 +67,8 @@ def plan(
     if out is not None and out.suffix not in ("", ".jsonl", ".json"):
         raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
     posterior, recipe = load(fit), open_recipe(space)
-    for text in warnings_of(posterior.info):
+    warnings = warnings_of(posterior.info)
+    for text in warnings:
         typer.echo(f"Warning: {text}", err=True)
     flops, flops_per_second = _budget(budget, hours, rate, recipe.flops_per_second)
     found = make_plan(posterior, recipe, budget_flops=flops, num_runs=num_runs)
@@ -80,6 +81,7 @@ def plan(
             "flops_per_second": flops_per_second,
             **dataclasses.asdict(found),
             "predictions": table,
+            "warnings": warnings,
         }
         if flops_per_second is not None:
             plan["budget_gpu_hours"] = gpu_hours(flops, flops_per_second)
@@ -179,6 +181,10 @@ def _lines(
         f"{number:>4}  goes on from {p.spec.continues} at {format_quantity(p.spec.continues_at)} "
         "tokens: its folder belongs beside that one's"
         for number, p in enumerate(found.proposals, start=1) if p.spec.continues is not None
+    ]  # fmt: skip
+    lines += [
+        f"{number:>4}  with {', '.join(f'{name} {x:.3g}' for name, x in p.changed.items())}"
+        for number, p in enumerate(found.proposals, start=1) if p.changed
     ]  # fmt: skip
     if any(p.repeat for p in found.proposals):
         lines.append("   * made before; again with another seed, against the noise")

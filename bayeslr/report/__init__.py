@@ -120,10 +120,12 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str],
         "laws": scaling.published_rows(first, row["lr"]),
         "valleys": slices.valley_cards(posterior, pictured),
         "valley_lead": _valley_lead(len(pictured), len(all_slices)),
+        "valley_legend": _valley_legend(posterior),
         "slices": slices.slice_rows(posterior, all_slices, log_edge),
         "training": stability.training(posterior, log_edge),
         "exponents": exponents,
         "exponent_sources": scaling.exponent_sources(exponents),
+        "exponent_title": _exponent_title(posterior),
         "exponent_lead": _exponent_lead(posterior),
         "exponent_legend": _exponent_legend(posterior),
         "influence": checks.influence_rows(posterior.info),
@@ -134,6 +136,9 @@ def _page(posterior: Posterior, given: list[Target], validation: Sequence[str],
         "facts": provenance.facts(posterior, flops_per_second),
         "quarantine": provenance.quarantine(posterior),
         "priors": provenance.prior_rows(posterior),
+        "prior_title": "The card's values that least squares uses, with their sources"
+        if posterior.info["method"] == "two-stage"
+        else "The prior, value by value, with its sources",
         "numbers": json.dumps(
             [{key: _json_number(value) for key, value in one.items()} for one in predictions],
             indent=1, allow_nan=False,
@@ -201,6 +206,23 @@ def _valley_lead(num_pictured: int, num_slices: int) -> str:
     return f"Loss against LR at one shape, token count and batch. {which}"
 
 
+def _valley_legend(posterior: Posterior) -> list[tuple[str, str]]:
+    runs = [("run", "a run"), ("above", "a run above the frame"), ("diverged", "a diverged run")]
+    if posterior.info["method"] == "two-stage":
+        return [*runs, ("star", "bottom of the parabola through the runs about the best")]
+    return [
+        *runs, ("bands", "posterior of the loss, 50 and 90 %"), ("star", "optimum LR, 90 %"),
+    ]  # fmt: skip
+
+
+def _exponent_title(posterior: Posterior) -> str:
+    if posterior.design is None:
+        return "Exponents: the prior"
+    if "coefficient" in posterior.draws:
+        return "Exponents of the regression"
+    return "Exponents: prior against posterior"
+
+
 def _exponent_lead(posterior: Posterior) -> str:
     if posterior.design is None:
         return "What the prior card holds, from the published evidence."
@@ -217,7 +239,8 @@ def _exponent_legend(posterior: Posterior) -> list[tuple[Any, str]]:
     if "coefficient" not in posterior.draws:
         entries.append(("prior", "prior"))
     if posterior.design is not None:
-        entries.append(("posterior", "posterior, with 50 and 90 % intervals"))
+        draws = "estimate" if "coefficient" in posterior.draws else "posterior"
+        entries.append(("posterior", f"{draws}, with 50 and 90 % intervals"))
     return [*entries, ("published", "published values")]
 
 

@@ -188,7 +188,10 @@ def facts(posterior: Posterior, flops_per_second: float | None = None) -> list[t
     method = {"bayes": "hierarchical valley model, NUTS", "two-stage": "two-stage least squares",
               "prior": "draws from the prior card"}  # fmt: skip
     found += [
-        ("Prior card", f"{prior.name}: {prior.title}" + (f" ({prior.date})" if prior.date else "")),
+        (
+            "Card of the loss law" if info["method"] == "two-stage" else "Prior card",
+            f"{prior.name}: {prior.title}" + (f" ({prior.date})" if prior.date else ""),
+        ),
         ("Holds for", held),
         ("Card, SHA-256", prior.sha256),
         ("Method", method.get(info["method"], str(info["method"]))),
@@ -206,8 +209,13 @@ def quarantine(posterior: Posterior) -> list[tuple[str, int]]:
     return [(str(rule), int(count)) for rule, count in counts.items()]
 
 
+# What two-stage predictions take from a card.
+_PRICES = ("loss_tokens", "loss_exponent_tokens", "diverged_loss")
+
+
 def prior_rows(posterior: Posterior) -> list[dict[str, str]]:
-    """The card, value by value."""
+    """The card, value by value; those alone that price a loss where least squares uses no more."""
+    used = _PRICES if posterior.info["method"] == "two-stage" else posterior.prior.parameters
     return [
         {
             "name": name,
@@ -217,6 +225,7 @@ def prior_rows(posterior: Posterior) -> list[dict[str, str]]:
             "why": entry.why,
         }
         for name, entry in posterior.prior.parameters.items()
+        if name in used
     ]
 
 

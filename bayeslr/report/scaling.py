@@ -230,7 +230,7 @@ def exponent_cards(posterior: Posterior, target: Target) -> list[dict[str, str]]
         q05, q50, q95 = np.quantile(after, [0.05, 0.5, 0.95])
         now = f"{signed(q50)}, 90 % between {signed(q05)} and {signed(q95)}"
         fitted = posterior.design is not None
-        told = f"{'Posterior' if fitted else 'Prior'} {now}."
+        told = f"{'Prior' if not fitted else 'Estimate' if before is None else 'Posterior'} {now}."
         if before is not None and fitted:
             told += " " + _learned(before, after)
         if references:

@@ -233,6 +233,6 @@ def choice(posterior: Posterior, target: Target, lr: float) -> dict[str, Any]:
             description=f"Expected regret of each LR. It is least at {format_lr(lr)}; at half of "
             f"it {half} nats, at twice it {double} nats.",
         ),
-        "caption": "Line: expected regret. Band: 90 % of the posterior. Diamond: the recommended "
+        "caption": "Line: expected regret. Band: 90 % of the draws. Diamond: the recommended "
         "LR." + (below if knows_edge else ""),
     }
