@@ -166,9 +166,10 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
             continue
         spec = trial.spec
         key = line_of(spec)
-        # A run that broke or blew up would do so again further on: same seed, same steps. One that
-        # was stopped early told enough.
-        reached = recipe.space.tokens if trial.state in _NOT_LONGER else spec.decay_at
+        # A run that broke or blew up would do so again further on: same seed, same steps, unless
+        # each horizon has its own LR. One that was stopped early told enough.
+        longer = trial.state not in _NOT_LONGER or _depends_on_horizon(runner, spec)
+        reached = spec.decay_at if longer else recipe.space.tokens
         measured.setdefault(key, set()).update(reached)
         same_seed = spec.seed == recipe.run.get("seed", 0)
         if trial.state == "ok" and same_seed and isinstance(runner, ContinuingRunner):
@@ -262,11 +263,13 @@ def trials_in(table: RunTable, recipe: Recipe, runner: Runner) -> list[Trial]:
                 if r["status"] != "ok" and not reached >= r["planned_tokens"]]  # fmt: skip
         if not decay_at and not ends:
             continue
+        if not decay_at:
+            planned = _horizon_of(first["planned_tokens"], space.tokens, batch_tokens)
+            decay_at = [planned or max(space.tokens)]
         seed = recipe.run.get("seed", 0) if math.isnan(first["seed"]) else int(first["seed"])
         spec = run_spec(
             replace(recipe, run={**recipe.run, "seed": seed}), runner, shape,
-            lr=lr, batch_tokens=batch_tokens, decay_at=decay_at or [max(space.tokens)],
-            covariates=changed,
+            lr=lr, batch_tokens=batch_tokens, decay_at=decay_at, covariates=changed,
         )  # fmt: skip
         trials.append(Trial(
             number=len(trials), spec=replace(spec, run_id=run_id),
@@ -317,7 +320,11 @@ def shares_trunk(runner: Runner, spec: RunSpec) -> bool:
     """Whether a run to a longer horizon passes this one's on its way."""
     if spec.schedule != "wsd":
         return False
-    return not (isinstance(runner, HorizonRunner) and runner.depends_on_horizon(spec))
+    return not _depends_on_horizon(runner, spec)
+
+
+def _depends_on_horizon(runner: Runner, spec: RunSpec) -> bool:
+    return isinstance(runner, HorizonRunner) and runner.depends_on_horizon(spec)
 
 
 def start_design(recipe: Recipe, runner: Runner) -> list[Candidate]:

@@ -71,6 +71,25 @@ def test_a_line_that_blew_up_is_not_trained_further(state: str) -> None:
     assert not [p for p in left if line_of(p.spec) == line_of(short)]
 
 
+class HorizonRunner(CommandRunner):
+    """Each horizon has an LR of its own from the start on."""
+
+    def depends_on_horizon(self, spec: RunSpec) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("state", ["diverged", "failed", "pruned"])
+def test_where_each_horizon_has_its_lr_one_that_blew_up_leaves_the_others(state: str) -> None:
+    recipe, _ = opened()
+    runner = HorizonRunner(recipe.options)
+    short = next(p for p in candidates(recipe, runner) if p.spec.tokens == 200_000).spec
+    table = make_table(rows(short, (90_000, state)))
+    for trials in ([trial(short, state)], trials_in(table, recipe, runner)):
+        left = [p.spec for p in candidates(recipe, runner, trials)]
+        same_line = [s.decay_at for s in left if line_of(s) == line_of(short)]
+        assert same_line == [(400_000,)]
+
+
 def test_a_refused_trial_measures_nothing() -> None:
     recipe, runner = opened()
     pool = candidates(recipe, runner)

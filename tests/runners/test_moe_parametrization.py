@@ -171,6 +171,12 @@ def test_a_parameter_without_a_group_is_named() -> None:
         )
 
 
+def test_a_group_that_the_rules_lack_is_named() -> None:
+    with pytest.raises(SpecError, match=r"module group 'attn', and the rules have .*attention"):
+        param_groups(nn.Linear(2, 2), {"*": "attn"}, rules("sp", raw(), raw()), lr=1,
+                     weight_decay=0)  # fmt: skip
+
+
 def test_every_parameter_of_the_model_has_the_right_group() -> None:
     shape = MoeShape.from_mapping(raw(n_shared_experts=1))
     model = MoeTransformer(shape, rules("sp", raw(), raw()), ModelOptions(), vocab_size=9, seed=0)

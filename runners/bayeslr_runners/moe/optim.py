@@ -33,13 +33,18 @@ def param_groups(
     of a group. The LR rule of a group changes the coupled shrinkage and its weight-decay rule makes
     up for it, so the independent one follows the product of the two: 1 over width, and what the
     sources' own rules make it over depth and horizon (``complete_mue``: rho_B / rho_D).
-    Raises: SpecError if a parameter's name matches no pattern.
+    Raises: SpecError if a parameter's name matches no pattern, or a group that the rules lack.
     """
     found: dict[str, list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         found.setdefault(group_of(name, naming), []).append(parameter)
     groups = []
     for group, parameters in found.items():
+        if group not in rules.groups:
+            raise SpecError(
+                f"the naming map sends parameters to the module group {group!r}, and the rules "
+                f"have {', '.join(rules.groups)} only; name one of these"
+            )
         rule = rules.groups[group]
         decay = weight_decay * rule.weight_decay
         if weight_decay_kind == "independent":
