@@ -122,7 +122,7 @@ def test_a_damaged_folder_is_named_with_advice(saved: Path, damage: Callable[[Pa
 def test_another_schema_is_refused(saved: Path) -> None:
     info = json.loads((saved / FIT_FILE).read_text())
     (saved / FIT_FILE).write_text(json.dumps({**info, "schema_version": 99}))
-    with pytest.raises(StorageError, match=r"schema version 99, this release reads 5; fit again"):
+    with pytest.raises(StorageError, match=r"schema version 99, this release reads 6; fit again"):
         load(saved)
 
 
