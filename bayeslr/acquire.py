@@ -558,6 +558,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
             reason += f"; {len(group)} LRs of one slice together"
         # What is cut off here is proposed again by the next choice, if it still pays.
         for i in group[: num_runs - len(proposals)]:
+            changed = beliefs.changed(i)
             proposals.append(
                 Proposal(
                     spec=candidates[i].spec,
@@ -565,9 +566,9 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                     saves_nats=float(gains[best]) / len(group),
                     saves_flops=float(saves[best]) / len(group),
                     p_diverge=float(beliefs.p_diverge[i]),
-                    reason=reason + _peculiar(candidates[i]) + _named(beliefs.changed(i)),
+                    reason=reason + _peculiar(candidates[i]) + _named(changed),
                     repeat=candidates[i].repeat,
-                    changed=beliefs.changed(i),
+                    changed=changed,
                 )
             )
             bought.append((i, {*group, *(j for j, _ in bought)} - {i}))
