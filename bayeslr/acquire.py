@@ -58,6 +58,9 @@ _MAX_EXCESS = 0.3
 # Excesses in nats at which the end of a run is priced, and where to look for their LRs in ln LR.
 _EXCESSES, _FARTHEST = (0.005, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), 20.0
 
+# Least chance to end that is reckoned with, where noise is divided by it.
+_LEAST_ENDS = 1e-9
+
 # Floors beyond this central part of their draws, or so many nats from their median, count as its
 # ends: farther off, a floor is unknown and that is all.
 _CENTRAL, _FAR = (0.005, 0.995), 3.0
@@ -265,28 +268,31 @@ class _Beliefs:
         logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = laws.logistic(logit)
         self.p_diverge = lost.mean(axis=0)[first[:-1]]
-        rng = np.random.default_rng([seed, 20_260_106])
         finished = np.minimum(excess, _MAX_EXCESS)
-        diverged = rng.random(size=lost.shape) < lost
         # Draws far out in the tails (batches far from the best, exponents of a normal
         # approximation) would make up all of a covariance. What the runs of a slice share is
         # clipped before what tells them apart is added.
         low, middle, high = np.quantile(at.floor, [_CENTRAL[0], 0.5, _CENTRAL[1]], axis=0)
         floor = np.clip(at.floor, np.maximum(low, middle - _FAR), np.minimum(high, middle + _FAR))
-        self.loss = floor[:, column] + np.where(diverged, _MAX_EXCESS, finished)
+        self.loss = floor[:, column] + finished
         self.loss -= of_reference[:, candidate_of]
         observed_at = [extra[i - len(targets)] for i in column]
         self.noise_variance = _noise_variance(posterior, u, finished, observed_at)
         # Decay branches of one run share part of their noise: as draws, like all that is joint.
         ratio = {name: np.median(posterior.flat(name)) for name in ("noise_run", "noise_order")}
         of_trunk, _, own = laws.noise_shares(num_branches[candidate_of] > 1, 0.0, ratio)
+        rng = np.random.default_rng([seed, 20_260_106])
         effect = rng.normal(size=(len(self.loss), len(candidates)))[:, candidate_of]
         self.loss += of_trunk * np.sqrt(self.noise_variance) * effect
         self._posterior, self._column, self._cells, self._floor = posterior, column, extra, floor
         self._of_trunk, self._own = of_trunk, own
         self._beside = off_best, of_reference
         self.expected_excess = finished.mean(axis=0)[first[1:] - 1]
-        self.noise_variance *= own**2
+        # A run tells of the valley if it ends: as noise that takes that share of it away. A loss
+        # put in its place would drown the run in its variance, however unlikely it is to diverge.
+        ends = np.maximum(1.0 - lost.mean(axis=0), _LEAST_ENDS)
+        untold = (1.0 - ends) * finished.var(axis=0)
+        self.noise_variance = (self.noise_variance * own**2 + untold) / ends
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         last = np.array([mine[-1] for mine in cell_of])
         of_last = at.log_lr[:, len(targets) + last] - shift

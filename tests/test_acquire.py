@@ -43,6 +43,11 @@ def known(run_id: str, u: float = 0.0, **more: Any) -> Candidate:
 GOAL = [target(n_active=6e9, n_total=4.8e10, tokens=1.2e12, batch_tokens=4_194_304.0)]
 
 
+def never_diverging(posterior: Posterior) -> Posterior:
+    far = posterior.draws["log_edge_offset"] + 9.0
+    return dataclasses.replace(posterior, draws=posterior.draws.assign(log_edge_offset=far))
+
+
 def ids(proposals: list[Proposal] | tuple[Proposal, ...]) -> list[str]:
     return [p.spec.run_id for p in proposals]
 
@@ -73,7 +78,7 @@ def test_a_second_run_of_a_slice_goes_to_the_side_and_not_to_the_same_lr(
     beliefs.observe(0)
     _, again, side = beliefs.falls()[:, 0]
     # The share of the regret that each explains; 400 draws leave 3 % of it to chance.
-    assert side > 0.06 * before
+    assert side > 0.1 * before
     assert again < 0.03 * before
     beliefs.observe(2)
     assert beliefs.regret() < 0.97 * before
@@ -81,8 +86,9 @@ def test_a_second_run_of_a_slice_goes_to_the_side_and_not_to_the_same_lr(
 
 def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> None:
     """Nine tenths of its variance: what is a branch's own is a tenth, the rest moves both alike."""
-    draws = posterior.draws.assign(noise_run=posterior.draws["noise_run"] * 0 + 3.0)
-    sharing = dataclasses.replace(posterior, draws=draws)
+    calm = never_diverging(posterior)  # divergence is chance of a branch's own
+    draws = calm.draws.assign(noise_run=calm.draws["noise_run"] * 0 + 3.0)
+    sharing = dataclasses.replace(calm, draws=draws)
     (n, *_), (short, long), (b, *_) = SIZES, TOKENS, BATCHES
     lower = true_log_lr(n, short, b) - true_log_lr(n, long, b)
     branches = candidate("both", n, long, b, u=lower, decay_at=(int(short),))
@@ -91,9 +97,7 @@ def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> No
         for run in (candidate("one", n, short, b), branches)
     )
     assert both.noise_variance[0] == pytest.approx(alone.noise_variance[0] / 10, rel=1e-6)
-    unshared = dataclasses.replace(
-        posterior, draws=draws.assign(noise_run=draws["noise_run"] / 1e9)
-    )
+    unshared = dataclasses.replace(calm, draws=draws.assign(noise_run=draws["noise_run"] / 1e9))
     added = both.loss - _Beliefs(unshared, [branches], GOAL, np.ones(1), seed=1).loss
     assert np.corrcoef(added.T)[0, 1] == pytest.approx(1.0, abs=1e-6)
     assert added.var(axis=0) == pytest.approx(9 * both.noise_variance, rel=0.2)
@@ -113,16 +117,46 @@ def test_the_end_of_a_run_is_worth_less_the_farther_up_it_is(posterior: Posterio
 
 
 def test_an_end_is_worth_what_a_run_of_its_excess_is(posterior: Posterior) -> None:
-    """Told alone as much as a candidate at an LR of that excess; in a group at least as much as the
-    rest of it lacks without the run, which may turn out to lie to either side.
+    """Told alone as much as any candidate at an LR of that excess or more, for whoever ends has not
+    diverged; in a group at least as much as the rest of it lacks without the run, which may turn
+    out to lie to either side.
     """
-    runs = [candidate("above", u=1.4), candidate("below", u=-1.4)]
-    beliefs = _Beliefs(posterior, runs, GOAL, np.ones(1), seed=1)
-    above, below, both = beliefs.falls()[:, 0]
-    at = acquire._EXCESSES.index(0.1)  # nearly that of both
+    calm = never_diverging(posterior)
+    across = [candidate(f"at {u}", u=u) for u in np.linspace(-5.0, 5.0, 41)]
+    beliefs = _Beliefs(calm, across, GOAL, np.ones(1), seed=1)
+    at = acquire._EXCESSES.index(0.1)
+    each = [beliefs.falls()[beliefs.members.index((i,)), 0] for i in range(len(across))]
+    most = max(fall for fall, i in zip(each, beliefs.expected_excess, strict=True) if i >= 0.1)
+    assert beliefs.ends(0, ())[at, 0] == pytest.approx(most, rel=0.1)
+
+    pair = [candidate("above", u=2.0), candidate("below", u=-2.7)]  # 0.1 up, both
+    beliefs = _Beliefs(calm, pair, GOAL, np.ones(1), seed=1)
+    _, below, both = beliefs.falls()[:, 0]
     alone, together = (beliefs.ends(0, others)[at, 0] for others in ((), (1,)))
-    assert alone == pytest.approx(max(above, below), rel=0.3)
     assert together > 0.9 * (both - below) > alone
+
+
+def test_a_run_tells_what_it_would_in_the_share_of_cases_in_which_it_ends(
+    posterior: Posterior,
+) -> None:
+    """However far up a diverged loss lies: beside seed noise, one chance in two thousand of it has
+    ten times the variance, and would drown a run at the optimum.
+    """
+    runs = [candidate("first"), candidate("side", u=-1.4), candidate("hot", u=1.4)]
+
+    def told(which: Posterior) -> tuple[float, float, float]:
+        beliefs = _Beliefs(which, runs, GOAL, np.ones(1), seed=1)
+        beliefs.observe(0)
+        _, side, hot = beliefs.falls()[:, 0]
+        return side, hot, float(beliefs.p_diverge[2])
+
+    (side, hot, p_diverge), (calm_side, calm_hot, never) = map(
+        told, (posterior, never_diverging(posterior))
+    )
+    assert side == pytest.approx(calm_side, rel=0.02)
+    assert 0.5 < p_diverge < 0.8
+    assert never < 1e-3
+    assert 0.5 * (1 - p_diverge) < hot / calm_hot < 1.5 * (1 - p_diverge)
 
 
 def test_an_end_that_cannot_be_told_from_chance_has_no_price(
