@@ -34,6 +34,12 @@ def linex(u: Any, skew: Any, xp: Any = np) -> Any:
     return (xp.expm1(x) - x) / skew**2
 
 
+def linex_derivatives(u: Any, skew: Any, xp: Any = np) -> tuple[Any, Any]:
+    """First and second derivative of `linex` in u."""
+    x = xp.minimum(skew * u, _MAX_EXPONENT) if xp is np else xp.clip(skew * u, -1e6, _MAX_EXPONENT)
+    return xp.expm1(x) / skew, xp.exp(x)
+
+
 def cubic_bowl(u: Any, skew: Any, xp: Any = np) -> Any:
     """Asymmetric bowl: u^2/2 + skew u^3/6 down to its inflection at -1 / skew, straight below.
 

@@ -61,7 +61,7 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
     for name, entry in card.parameters.items():
         if name in (*LOSS_LAW, *PER_COVARIATE, "diverged_loss"):
             continue
-        if name == "noise_sd":
+        if name in ("noise_sd", "penalty_scale"):
             continue
         if entry.kind == "normal":
             p[name] = point[name]
@@ -96,6 +96,16 @@ def log_density(point: Point, arrays: Mapping[str, NDArray[Any]], card: Prior) -
         p["best_batch_intercept"] + p["best_batch_n_active"] * x_n + p["best_batch_tokens"] * x_d,
         "best_batch_family_sd",
     )
+    # The batch penalty is sampled as its steepness over the family's batches, by hand: its slope
+    # (e^(a z) - 1) / a and its bend e^(a z) at their mean, the bend times their spread.
+    to_best, a = arrays["family_log_batch"] - batch_level, p["penalty_skew"]
+    bend = np.exp(a * to_best)
+    steepness = np.hypot((bend - 1) / a, arrays["family_batch_spread"] * bend)
+    several = arrays["family_batch_spread"] > 0
+    log_penalty = point["log_steepness"] - np.where(several, np.log(steepness), 0.0)
+    p["penalty_scale"] = np.exp(log_penalty)
+    penalty = card["penalty_scale"]
+    total += np.sum(normal(log_penalty, np.log(penalty.location), penalty.scale))
     bend_level = level(
         "log_curvature_level",
         np.log(p["curvature_intercept"]) + p["curvature_n_active"] * x_n
@@ -361,10 +371,12 @@ def test_a_point_centred_otherwise_is_the_same_point(
 
 def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, card: Prior) -> None:
     names = {name.removesuffix("_log__") for name in compiled.names}
-    through_others = {*LOSS_LAW, *PER_COVARIATE, "noise_sd", "diverged_loss"}
+    through_others = {
+        *LOSS_LAW, *PER_COVARIATE, "noise_sd", "penalty_scale", "diverged_loss"
+    }  # fmt: skip
     assert set(card.parameters) - names == through_others - {"covariate_n_active"}
     assert {"covariate_bend", "covariate_tie", "covariate_optimum_slope"} < names
-    assert {"log_loss_level", "loss_ratio", "log_loss_slope", "log_noise"} < names
+    assert {"log_loss_level", "loss_ratio", "log_loss_slope", "log_noise", "log_steepness"} < names
 
 
 def test_regressors_are_centred_on_the_data(arrays: valley.Arrays) -> None:
@@ -456,6 +468,10 @@ def scores(card: Prior, num_tables: int, disturbance: float) -> NDArray[np.float
                 value = rng.normal(size=1)  # no run of this layout shares any
             elif name == "log_noise":
                 value = np.log(truth["noise_sd"])
+            elif name == "log_steepness":
+                slope, bend = laws.linex_derivatives(zero, truth["penalty_skew"])
+                spread = arrays["family_batch_spread"]
+                value = np.log(truth["penalty_scale"] * np.hypot(slope, spread * bend))
             elif name == "lr_anchor":
                 value = anchor
             elif name == "log_loss_level":

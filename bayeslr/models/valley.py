@@ -133,6 +133,9 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "shape_has_floor": ~shape_alone * cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
         **{f"family_{name}": own[name] for name in ("log_n_active", "log_tokens", "log_batch")},
+        "family_batch_spread": _spread(
+            design.log_batch, design.family_of_slice, len(design.families)
+        ),
         "centre": np.array([mid[name] for name in REGRESSORS]),
         **{f"cell_{name}": values for name, values in cells.items()},
     }
@@ -154,6 +157,13 @@ def _only(
     """Which groups have one member alone, and which member of a group is its first."""
     first = np.unique(group, return_index=True)[1]
     return {f"{level}_alone": alone.astype(float), f"{level}_{member}": first}
+
+
+def _spread(
+    values: NDArray[np.float64], group: NDArray[np.int64], num_groups: int
+) -> NDArray[np.float64]:
+    """Standard deviation of each group's values, (group,)."""
+    return np.array([np.std(values[group == g]) for g in range(num_groups)])
 
 
 # A regression's scatter between groups, and the spread of exponents between families or shapes.
@@ -301,6 +311,27 @@ def _noise_sd(prior: Prior, own: Any, has_loss: Any, num_families: int) -> Any:
     return pm.Deterministic("noise_sd", pt.exp(log_sd))
 
 
+def _penalty_scale(prior: Prior, zero: Any, skew: Any, spread: Any, num_families: int) -> Any:
+    """``penalty_scale`` (family,), sampled as what the data tell: how steep the penalty is over the
+    family's batches, in the quadratic mean.
+
+    zero: ln of the mean batch over the best one; spread: standard deviation of ln batch, (family,)
+    each. Runs at two batches tell their floors' difference, which a steep penalty near its bottom
+    and a flat one far from it make alike. Runs at one batch tell nothing, and there the penalty is
+    sampled as itself. A shift of logs: the Jacobian is one.
+    """
+    entry = prior["penalty_scale"]
+    log_steepness = pm.Flat("log_steepness", shape=num_families, initval=np.full(
+        num_families, np.log(entry.location)
+    ))  # fmt: skip
+    slope, bend = laws.linex_derivatives(zero, skew, pt)
+    of_unit = 0.5 * pt.log(slope**2 + pt.where(spread > 0, spread * bend, 1.0) ** 2)
+    log_scale = log_steepness - pt.where(spread > 0, of_unit, 0.0)
+    of = pm.Normal.dist(np.log(entry.location), entry.scale)
+    pm.Potential("penalty_scale_prior", pm.logp(of, log_scale).sum())
+    return pm.Deterministic("penalty_scale", pt.exp(log_scale))
+
+
 def _covariates(prior: Prior, log_curvature: Any, size: tuple[int, int]) -> dict[str, Any]:
     """The parameters of `PER_COVARIATE`, each (family, covariate).
 
@@ -353,7 +384,7 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
             name: _variable(name, prior) for name in prior.parameters if name not in _NOT_PLAIN
         } | {
             name: _variable(name, prior, shape=num_families)
-            for name in PER_FAMILY if name not in (*_LOSS_LAW, "noise_sd")
+            for name in PER_FAMILY if name not in (*_LOSS_LAW, "noise_sd", "penalty_scale")
         }  # fmt: skip
         of_loss = {by: data[f"family_log_{by}"] for by in ("n_active", "tokens")}
         loss_level, loss_law = _loss_law(prior, of_loss, num_families)
@@ -399,6 +430,9 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
 
         # The level is sampled as ln LR* at the mean batch; its prior speaks of the best batch.
         zero_g = data["family_log_batch"] - best_batch_level
+        p["penalty_scale"] = _penalty_scale(
+            prior, zero_g, p["penalty_skew"], data["family_batch_spread"], num_families
+        )
         lr_anchor = pm.Flat("lr_anchor", shape=num_families)
         lr_level = pm.Deterministic(
             "lr_level",
