@@ -98,6 +98,11 @@ def test_steplaw_nan_diverged_and_bad_rows_are_set_aside(tmp_path: Path) -> None
     assert table.quarantine["column"].iloc[0] == "lr"
 
 
+def test_steplaw_of_torn_lines_alone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row is left"):
+        steplaw.read(write(tmp_path / "torn.csv", DENSE + dense_row(1e-3, 2.6)[:30]))
+
+
 def test_steplaw_refuses_another_header(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no Step Law table: column 'h' is missing"):
         steplaw.read(write(tmp_path / "runs.csv", "a,b\n1,2\n"))

@@ -75,9 +75,8 @@ def read(path: str | Path, *, family: str | None = None) -> RunTable:
         frame["n_experts"], frame["top_k"] = cells["nume"], cells["topk"]
     diverged, cut = diverged_rows(frame)
     frame["status"] = np.where(diverged, "diverged", "ok")
-    frame.loc[diverged, "status_reason"] = (
-        f"loss not finite, or over {cut:.2f} nats above its slice's best at a higher LR"
-    )
+    reason = f"loss not finite, or over {cut:.2f} nats above its slice's best at a higher LR"
+    frame["status_reason"] = pd.Series(reason, index=frame.index).where(diverged, None)
     return make_table(Rows(frame, rows.place, rows.lines, rows.broken))
 
 
@@ -108,7 +107,7 @@ def _best(frame: pd.DataFrame, keys: list[str], loss: NDArray[np.float64]) -> ND
     """Position of the best row of each row's group, (num_rows,)."""
     group = frame.groupby(keys, dropna=False).ngroup().to_numpy()
     order = np.lexsort((loss, group))
-    first = order[np.r_[True, np.diff(group[order]) > 0]]
+    first = order[np.diff(group[order], prepend=-1) > 0]
     return first[group]
 
 
