@@ -311,9 +311,12 @@ def test_missing_file_and_other_suffix(tmp_path: Path) -> None:
         read_runs(tmp_path / "none.csv")
     with pytest.raises(DataError, match=r"ends in \.csv, \.parquet, \.jsonl, not in \.xlsx"):
         read_runs(write(tmp_path / "runs.xlsx", "x"))
-    (tmp_path / "dir.csv").mkdir()
-    with pytest.raises(DataError, match="is a folder"):
-        read_runs(tmp_path / "dir.csv")
+    for name in ("dir.csv", "sweep"):
+        (tmp_path / name).mkdir()
+        with pytest.raises(DataError, match="is a folder"):
+            read_runs(tmp_path / name)
+    with pytest.raises(DataError, match="does not exist"):
+        read_runs(tmp_path / "none")
 
 
 def test_missing_column_suggests_a_mapping(tmp_path: Path) -> None:
@@ -344,6 +347,16 @@ def test_ragged_lines_are_set_aside(tmp_path: Path) -> None:
     assert "needs quotes" in entries["advice"].iloc[1]
 
 
+@pytest.mark.parametrize("after", [b"", b'g,"f"'])
+def test_a_quote_that_is_not_closed_swallows_no_rows(after: bytes, tmp_path: Path) -> None:
+    """Whether the file ends within it, or another quote ends it by chance."""
+    header, good = HEADER.replace("\n", ",note\n"), GOOD.replace("\n", ",\n")
+    rows = [good, good.replace("a,", "b,").replace(",\n", ',"6 inch\n'), good.replace("a,", "c,")]
+    path = write(tmp_path / "runs.csv", header + "".join(rows) + after.decode())
+    with pytest.raises(DataError, match="row that begins in line 3: not valid CSV"):
+        read_runs(path)
+
+
 def test_separators_and_encodings(tmp_path: Path) -> None:
     path = tmp_path / "runs.csv"
     assert len(read_runs(write(path, HEADER + GOOD, "utf-8-sig"))) == 1
@@ -366,6 +379,30 @@ def test_torn_json_line_is_set_aside(tmp_path: Path) -> None:
     assert list(entries["line"]) == [3, 4]
     assert "this is a JSON list" in entries["rule"].iloc[0]
     assert "killed writer" in entries["advice"].iloc[1]
+
+
+@pytest.mark.parametrize(
+    ("value", "rule"),
+    [
+        (r'"\ud83d"', "half of a surrogate pair"),
+        ("1" * 5000, "no valid JSON"),
+        ("[" * 100_000, "no valid JSON"),
+    ],
+)
+def test_json_that_is_no_text_or_too_large_is_set_aside(
+    value: str, rule: str, tmp_path: Path
+) -> None:
+    text = json.dumps(run(status_reason="\U0001f4a5")) + f'\n{{"status_reason": {value}}}\n'
+    table = read_runs(write(tmp_path / "runs.jsonl", text))
+    assert list(table.frame["status_reason"]) == ["\U0001f4a5"]
+    assert list(table.quarantine["line"]) == [2]
+    assert rule in table.quarantine["rule"].iloc[0]
+
+
+def test_a_parquet_file_that_is_indexed_by_a_column(tmp_path: Path) -> None:
+    path = tmp_path / "runs.parquet"
+    pd.DataFrame([run(), run(run_id="b")]).set_index(["run_id", "family"]).to_parquet(path)
+    assert list(read_runs(path).frame["run_id"]) == [run()["run_id"], "b"]
 
 
 def test_broken_parquet(tmp_path: Path) -> None:

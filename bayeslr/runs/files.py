@@ -23,6 +23,7 @@ from bayeslr.units import format_quantity
 
 def read_rows(path: Path) -> Rows:
     """Rows of a CSV, Parquet or JSON lines file, by suffix. Raises: DataError."""
+    _require_file(path)
     readers: dict[str, Callable[[Path], Rows]] = {
         ".csv": read_csv,
         ".parquet": _read_parquet,
@@ -69,10 +70,12 @@ def read_csv(path: Path) -> Rows:
                 f"{path} is separated by {name}; save it with commas between cells and points, "
                 "not commas, in decimal numbers"
             )
-    reader = csv.reader(io.StringIO(text, newline=""))
+    # Strict: a quote that is not closed would swallow the rows that follow.
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     rows: list[list[str]] = []
     lines: list[int] = []
     broken: list[dict[str, Any]] = []
+    start = 1
     try:
         header = _header(next(reader, []), path)
         start = reader.line_num + 1
@@ -86,7 +89,10 @@ def read_csv(path: Path) -> Rows:
                 broken.append(broken_line(str(path), start, ",".join(row), rule, advice))
             start = reader.line_num + 1
     except csv.Error as error:
-        raise DataError(f"{path}, line {reader.line_num}: not valid CSV: {error}") from error
+        raise DataError(
+            f"{path}, the row that begins in line {start}: not valid CSV: {error}. A quote opens a "
+            "cell and closes it, and one within a cell stands twice"
+        ) from error
     frame = pd.DataFrame(rows, columns=pd.Index(header), dtype=object)
     return _not_empty(Rows(frame, str(path), np.asarray(lines, dtype=np.int64), broken))
 
@@ -117,8 +123,12 @@ def _read_jsonl(path: Path) -> Rows:
         try:
             record = json.loads(line)
             found = f"a JSON {type(record).__name__}"
-        except json.JSONDecodeError as error:
-            record, found = None, f"no valid JSON ({error.msg})"
+            if "\\ud" in line.lower():  # half of a pair, as cutting a text leaves it, is no text
+                json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            record, found = None, "no text: half of a surrogate pair, \\ud..., stands alone"
+        except (ValueError, RecursionError) as error:  # too long a number, too deep a nesting
+            record, found = None, f"no valid JSON ({getattr(error, 'msg', error)})"
         if isinstance(record, dict):
             records.append(record)
             lines.append(number)
@@ -133,7 +143,6 @@ def _read_jsonl(path: Path) -> Rows:
 def _read_parquet(path: Path) -> Rows:
     import pyarrow  # slow to load, and the other formats do without
 
-    _require_file(path)
     try:
         frame = pd.read_parquet(path)
     except (pyarrow.ArrowException, OSError, ValueError) as error:
@@ -141,6 +150,9 @@ def _read_parquet(path: Path) -> Rows:
             f"{path} cannot be read as Parquet ({str(error).splitlines()[0]}); was its writer "
             "interrupted? Write it again, or give CSV or JSON lines"
         ) from error
+    for name in frame.index.names:  # run_id, say, of a frame that was indexed by it
+        if isinstance(name, str) and name not in frame:
+            frame[name] = frame.index.get_level_values(name)
     frame = frame.reset_index(drop=True)
     return _not_empty(Rows(frame, str(path), np.arange(1, len(frame) + 1)))
 
