@@ -186,6 +186,23 @@ def test_csv_one_of_our_columns_may_serve_twice(tmp_path: Path) -> None:
     assert column(table, "n_active") == column(table, "n_total") == [1e8]
 
 
+@pytest.mark.parametrize(
+    ("source", "reason"), [("val_bpb", "in bits"), ("eval/ppl", "a perplexity"), ("l_8bit", None)]
+)
+def test_csv_the_name_of_a_losss_column_tells_its_unit(
+    source: str, reason: str | None, tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.csv", f"run_id,lr,{source}\na,1e-3,2.9\n")
+    constants = ["param_convention=total", "n_active=1B", "n_total=1B", "tokens=20B",
+                 "batch_tokens=1M"]  # fmt: skip
+    if reason:
+        with pytest.raises(DataError, match=f"must be in nats a token, this is {reason}"):
+            csv.read(path, family="f", mapping=[f"loss={source}"], constants=constants)
+        source += "*0.9"
+    table = csv.read(path, family="f", mapping=[f"loss={source}"], constants=constants)
+    assert len(table) == 1
+
+
 def test_csv_proposes_a_mapping(tmp_path: Path) -> None:
     path = write(tmp_path / "sheet.csv", SHEET)
     with pytest.raises(DataError) as caught:
@@ -299,6 +316,15 @@ def test_wandb(tmp_path: Path) -> None:
     assert list(table.quarantine["line"]) == [8]
     assert any("lr from 'optimizer.learning_rate'" in w for w in table.warnings)
     assert any("all runs are of family 'wandb'" in w for w in table.warnings)
+
+
+def test_wandb_a_scaled_loss_of_nan_diverged(tmp_path: Path) -> None:
+    path = write(tmp_path / "wandb.csv", WANDB)
+    scaled, constants = ["loss=eval/loss*0.5"], ["param_convention=total"]
+    table = wandb.read(path, mapping=scaled, constants=constants)
+    assert column(table, "status") == ["ok", "diverged", "lost", "partial", "diverged", "failed"]
+    assert column(table, "loss") == [1.6, None, 2.1, 2.1, None, None]
+    assert list(table.quarantine["line"]) == [8]
 
 
 def test_wandb_the_users_word_goes_first(tmp_path: Path) -> None:

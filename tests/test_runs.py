@@ -203,6 +203,7 @@ def test_our_own_trainer_is_trusted_with_counts() -> None:
         ({"loss": 4.328, "perplexity": 20.09}, "loss", "this is in bits", "ln 2"),
         ({"loss": 1.19, "eval/bpb": 1.19}, "loss", "this is in bits", "ln 2"),
         ({"loss_kind": "perplexity"}, "loss", "this is a perplexity", "natural logarithm"),
+        ({"loss": 9.5, "eval/ppl": 9.5}, "loss", "this is a perplexity", "natural logarithm"),
         ({"weight_decay": -0.1}, "weight_decay", "finite and >= 0", "the value itself"),
         ({"decay_fraction": 20}, "decay_fraction", "<= 1", "share of the tokens"),
     ],

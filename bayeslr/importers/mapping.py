@@ -327,7 +327,11 @@ def apply(
     for name, value in constants.items():
         columns[name] = pd.Series([value] * len(rows), index=rows.frame.index, dtype=object)
     taken = set(columns)
-    copied = {s.headers[0] for s in sources.values() if len(s.headers) == 1 and s.factor == 1}
+    copied = {
+        source.headers[0] for name, source in sources.items()
+        if len(source.headers) == 1 and source.factor == 1
+        and name != "loss"  # the name of its column may tell its unit, which is checked
+    }  # fmt: skip
     for header in rows.frame.columns:
         if header in taken:
             if sources.get(header) != Source(headers=(header,)):
@@ -338,7 +342,7 @@ def apply(
 
 
 def _product(frame: pd.DataFrame, source: Source) -> pd.Series[Any]:
-    """Product of the columns; a cell that is no number stays as it stands, for the checks."""
+    """Product of the columns; a cell that is no finite number stays as it is, for the checks."""
     if len(source.headers) == 1 and source.factor == 1:
         return frame[source.headers[0]]
     product = np.full(len(frame), source.factor)
@@ -346,6 +350,7 @@ def _product(frame: pd.DataFrame, source: Source) -> pd.Series[Any]:
     for header in source.headers:
         values, bad = numbers(frame[header])
         product = product * values
-        text = text.where(~bad, frame[header])
+        kept = bad | (~np.isfinite(values) & text.isna().to_numpy())  # NaN is no empty cell
+        text = text.where(~kept, frame[header])
     result = pd.Series(product, index=frame.index).astype(object)
     return result.where(text.isna(), text)

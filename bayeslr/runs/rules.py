@@ -19,7 +19,7 @@ MIN_LOSS = 0.05
 # Our own trainer counts in the right units, and its proxies can be smaller than any rule of thumb.
 TRUSTED_SOURCE = "bayeslr_runners"
 
-_BITS = r"(?:^|[^a-z])(?:bits?|bpb|bpc)(?:[^a-z]|$)"
+_BITS = r"(?:^|[^a-z0-9])(?:bits?|bpb|bpc)(?:[^a-z]|$)"
 _PERPLEXITY = r"(?:^|[^a-z])(?:ppl|perplexity)(?:[^a-z]|$)"
 
 
@@ -153,10 +153,11 @@ def _check_loss(frame: pd.DataFrame, rejects: Rejects) -> None:
 
 
 def _check_loss_unit(frame: pd.DataFrame, rejects: Rejects) -> None:
-    """Bits for nats: by the kind of loss, or by a column beside it that gives it away."""
+    """Not in nats: by the kind of loss, or by a column beside it that gives it away."""
     (loss,) = _floats(frame, "loss")
     kinds = _folded(frame, "loss_kind")
     in_bits = kinds.str.contains(_BITS).to_numpy()
+    perplexity = kinds.str.contains(_PERPLEXITY).to_numpy()
     for name in frame.columns:
         if frame[name].dtype.kind not in "fiu":
             continue
@@ -166,6 +167,7 @@ def _check_loss_unit(frame: pd.DataFrame, rejects: Rejects) -> None:
                 in_bits = in_bits | np.isclose(values, loss, rtol=1e-6, atol=0)
             elif re.search(_PERPLEXITY, name.lower()):
                 in_bits = in_bits | np.isclose(np.log2(values), loss, rtol=2e-3, atol=0)
+                perplexity = perplexity | np.isclose(values, loss, rtol=1e-6, atol=0)
     rejects.add(
         in_bits & np.isfinite(loss),
         "loss",
@@ -173,7 +175,7 @@ def _check_loss_unit(frame: pd.DataFrame, rejects: Rejects) -> None:
         f"multiply bits a token by ln 2 = {math.log(2):.4f}, bits a byte also by bytes a token",
     )
     rejects.add(
-        kinds.str.contains(_PERPLEXITY).to_numpy() & np.isfinite(loss),
+        perplexity & np.isfinite(loss),
         "loss",
         "loss must be in nats a token, this is a perplexity",
         "take its natural logarithm",
