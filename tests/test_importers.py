@@ -264,6 +264,39 @@ def test_one_count_of_an_moe_model_is_not_taken_for_both() -> None:
     assert "n_active" in guess(frame, names, names, [])[0]
 
 
+def test_a_dense_model_tells_no_experts_and_transformers_tell_their_sampling() -> None:
+    """Megatron logs num_experts=None of a dense model, transformers top_k=50 of any model."""
+    for cells in ({"num_experts": ["None"]}, {"num_experts": ["1"]}, {"top_k": ["50"]}):
+        frame = pd.DataFrame({"num_params": ["1e8"], **cells})
+        names = look_names(list(frame))
+        found, doubts = guess(frame, names, names, [])
+        assert "n_active" in found
+        assert "top_k" not in found
+        assert ("--map top_k=top_k" in doubts.get("top_k", "")) == ("top_k" in cells)
+    assert "top_k" in guess(frame, names, names, ["n_experts"])[0]
+
+
+def test_a_column_of_another_kind_only_bears_our_name(tmp_path: Path) -> None:
+    """As Weights & Biases has them of a model of transformers."""
+    text = (
+        "Name,State,Runtime,architecture,top_k,seed,lr,num_params,tokens,batch_tokens,loss\n"
+        "a,finished,1h 2m,llama,50,,1e-3,1.24e8,2.5e9,491520,3.2\n"
+        "b,finished,,llama,50,x,2e-3,1.24e8,2.5e9,491520,3.3\n"
+    )
+    path = write(tmp_path / "w.csv", text)
+    table = wandb.read(path, constants=["param_convention=total"])
+    assert column(table, "arch") == ["dense", "dense"]
+    assert column(table, "wall_s") == column(table, "top_k") == column(table, "seed") == [None] * 2
+    assert column(table, "architecture") == ["llama", "llama"]
+    assert column(table, "theirs.top_k") == [50, 50]
+    told = " ".join(table.warnings)
+    assert "wall_s is not taken from 'Runtime': '1h 2m' is no number" in told
+    assert "arch is not taken from 'architecture': 'llama' is none of dense, moe" in told
+    assert "seed is not taken from 'seed': 'x' is no number" in told
+    table = wandb.read(path, mapping=["wall_s=Runtime"], constants=["param_convention=total"])
+    assert list(table.quarantine["column"]) == ["wall_s"]  # the user's word is taken as it is
+
+
 def test_the_peak_lr_is_taken_not_that_of_the_last_step(tmp_path: Path) -> None:
     """As nanoGPT logs to Weights & Biases, and the Trainer of transformers to MLflow."""
     head, tail = "num_params,tokens,batch_tokens", "1.24e8,2.5e9,491520"
@@ -387,6 +420,7 @@ def test_mlflow_page(tmp_path: Path) -> None:
     assert column(table, "status") == ["ok", "lost"]
     assert column(table, "wall_s") == [150, 4320]
     assert column(table, "created_at")[0] == "2024-01-01 10:00:00"
+    assert not any("wall_s" in warning for warning in table.warnings)  # read from the Duration
 
 
 def test_mlflow_colliding_names_are_refused(tmp_path: Path) -> None:

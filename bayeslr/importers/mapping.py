@@ -28,6 +28,7 @@ from bayeslr.units import parse_quantity
 
 # Columns that rules look at without their being part of the run table.
 KNOWN_EXTRAS = ("vocab_size",)
+_COLUMNS = {column.name: column for column in COLUMNS}
 _KINDS = {column.name: column.kind for column in COLUMNS} | dict.fromkeys(KNOWN_EXTRAS, "number")
 
 
@@ -107,13 +108,15 @@ def parse_constants(texts: Sequence[str]) -> dict[str, str | float]:
 class Plan:
     """Where every column comes from: what the user said, then what the tool's names suggest.
 
-    guessed: columns found by their names alone. place: the file.
+    guessed: columns found by their names alone. doubts: what is doubtful of them, and why a column
+    that bears such a name was refused, in sentences by column. place: the file.
     """
 
     sources: dict[str, Source]
     constants: dict[str, str | float]
     guessed: dict[str, Source]
     place: str
+    doubts: dict[str, str]
     warnings: tuple[str, ...] = ()
 
     def values(self, name: str, frame: pd.DataFrame) -> pd.Series[Any]:
@@ -178,7 +181,8 @@ def plan(
         constants=fixed,
         guessed=guessed,
         place=rows.place,
-        warnings=(*warnings, *doubts),
+        doubts=doubts,
+        warnings=tuple(warnings),
     )
 
 
@@ -190,7 +194,9 @@ def finish(rows: Rows, made: Plan, given: Mapping[str, pd.Series[Any] | str]) ->
     own = {n: v for n, v in given.items() if n not in made.sources and n not in made.constants}
     guessed = {name: source for name, source in made.guessed.items() if name not in own}
     sources = {**guessed, **made.sources}
-    mapped = apply(rows, sources, made.constants, own)
+    doubts = {name: text for name, text in made.doubts.items() if name not in own}
+    foreign = [name for name in doubts if name not in sources]
+    mapped = apply(rows, sources, made.constants, own, foreign)
     known = [*own, *sources, *made.constants]
     missing = [name for name in REQUIRED_NAMES if name not in known]
     if missing:
@@ -210,7 +216,7 @@ def finish(rows: Rows, made: Plan, given: Mapping[str, pd.Series[Any] | str]) ->
             f"share with --set ours=value. Its columns: {', '.join(headers)}",
             seen,
         )
-    warnings = list(made.warnings)
+    warnings = [*made.warnings, *doubts.values()]
     if guessed:
         pairs = ", ".join(f"{name} from {str(source)!r}" for name, source in guessed.items())
         warnings.append(f"taken by name: {pairs}; --map overrules")
@@ -263,15 +269,17 @@ _BEFORE = {"loss": ("val_loss", "eval_loss", "validation_loss", "eval.loss", "va
 def guess(
     frame: pd.DataFrame, settings: Mapping[str, str], measured: Mapping[str, str],
     known: Sequence[str],
-) -> tuple[dict[str, Source], list[str]]:  # fmt: skip
+) -> tuple[dict[str, Source], dict[str, str]]:  # fmt: skip
     """Sources of our columns by the names that tools commonly use, and what is doubtful of them.
 
     Nothing is guessed by likeness. settings, measured: header by the name to look at, for what was
     set and for what a run measures. known: columns that need no source. Trackers log the LR of the
-    step as well: of several LRs the largest is the peak, for schedules only lower it.
+    step as well: of several LRs the largest is the peak, for schedules only lower it. An optional
+    column whose cells are of another kind means something else. Returns: sources, and sentences, by
+    column; a column with a sentence and no source was refused one.
     """
     found: dict[str, Source] = {}
-    doubts: list[str] = []
+    doubts: dict[str, str] = {}
     for name in _KINDS:
         if name in known:
             continue
@@ -281,14 +289,46 @@ def guess(
         headers = list(dict.fromkeys(folded[alias] for alias in aliases if alias in folded))
         if name == "lr" and len(headers) > 1:
             headers, doubt = _peak_first(frame, headers)
-            doubts += [doubt] if doubt else []
-        if headers:
-            found[name] = Source(headers=(headers[0],))
-    experts = {"n_experts", "top_k"} & (found.keys() | set(known))
+            doubts |= {name: doubt} if doubt else {}
+        faults = {header: _fault(frame[header], name) for header in headers}
+        fitting = [header for header, fault in faults.items() if not fault]
+        if fitting:
+            found[name] = Source(headers=(fitting[0],))
+        elif headers:
+            doubts[name] = f"{name} is not taken from {headers[0]!r}: {faults[headers[0]]}"
+    if "top_k" in found and "n_experts" not in {*found, *known}:
+        header = found.pop("top_k").headers[0]  # transformers tell that of their sampling
+        doubts["top_k"] = (
+            f"top_k is not taken from {header!r}: no column tells a number of experts. "
+            f"--map top_k={header} if it is that of a router"
+        )
     counts = [found.get(name) for name in ("n_active", "n_total")]
-    if experts and counts[0] is not None and counts[0] == counts[1]:
+    if counts[0] is not None and counts[0] == counts[1] and _has_experts(frame, found, known):
         del found["n_active"]  # one count of an MoE model is its total; the active one is not told
     return found, doubts
+
+
+def _fault(cells: pd.Series[Any], name: str) -> str:
+    """Why no cell of a column that was found by its name can be ours; empty if one can."""
+    column = _COLUMNS.get(name)
+    if column is None or column.required:  # a required column is for the checks to judge
+        return ""
+    if column.kind == "number":
+        values, bad = numbers(cells)
+        return (
+            f"{cells[bad].iloc[0]!r} is no number" if bad.any() and np.isnan(values).all() else ""
+        )
+    told = cells[cells.notna() & (cells != "")]
+    if not column.choices or column.open_choices or told.empty or told.isin(column.choices).any():
+        return ""
+    return f"{told.iloc[0]!r} is none of {', '.join(column.choices)}"
+
+
+def _has_experts(frame: pd.DataFrame, found: Mapping[str, Source], known: Sequence[str]) -> bool:
+    if {"n_experts", "top_k"} & set(known):
+        return True
+    source = found.get("n_experts")
+    return source is not None and bool((numbers(frame[source.headers[0]])[0] > 1).any())
 
 
 def _peak_first(frame: pd.DataFrame, headers: Sequence[str]) -> tuple[list[str], str]:
@@ -319,8 +359,12 @@ def apply(
     sources: Mapping[str, Source],
     constants: Mapping[str, str | float],
     given: Mapping[str, pd.Series[Any] | str] = MappingProxyType({}),
+    foreign: Sequence[str] = (),
 ) -> Rows:
-    """Rows with our columns first; their other columns follow, ``theirs.`` before a taken name."""
+    """Rows with our columns first; their other columns follow, ``theirs.`` before a taken name.
+
+    foreign: names of ours that their columns bear and that are not ours.
+    """
     columns: dict[str, Any] = dict(given)
     for name, source in sources.items():
         columns[name] = _product(rows.frame, source)
@@ -333,7 +377,7 @@ def apply(
         and name != "loss"  # the name of its column may tell its unit, which is checked
     }  # fmt: skip
     for header in rows.frame.columns:
-        if header in taken:
+        if header in taken or header in foreign:
             if sources.get(header) != Source(headers=(header,)):
                 columns[f"theirs.{header}"] = rows.frame[header]
         elif header in _KINDS or header not in copied:  # n_active=n_total leaves n_total there
