@@ -423,6 +423,28 @@ def test_mlflow_page(tmp_path: Path) -> None:
     assert not any("wall_s" in warning for warning in table.warnings)  # read from the Duration
 
 
+def test_mlflow_a_parameter_and_a_metric_of_one_name(tmp_path: Path) -> None:
+    """The peak LR beside that of the last step; the tokens that were planned beside those seen."""
+    head = "Run ID,Status,learning_rate,total_tokens,n_params,batch_tokens,val_loss"
+    page = f"{head},learning_rate,total_tokens\nid0,RUNNING,1e-3,2e9,1e8,262144,3.2,1e-5,1e9\n"
+    names = ["run_id", "status", *(f"params.{n}" for n in head.split(",")[2:6]), "metrics.loss"]
+    search = ",".join([*names, "metrics.learning_rate", "metrics.total_tokens"])
+    for text, lr, tokens in (
+        (page, "learning_rate (2)", "total_tokens"),
+        (page.replace(page.split("\n")[0], search), "metrics.learning_rate", "params.total_tokens"),
+    ):
+        path = write(tmp_path / "runs.csv", text)
+        table = mlflow.read(path, family="f", constants=["param_convention=total"])
+        assert (column(table, "lr"), column(table, "tokens")) == ([1e-3], [1e9])
+        told = " ".join(table.warnings)
+        assert f"{lr!r} has the same name and differs. --map 'lr={lr}'" in told
+        assert f"{tokens!r} has the same name and differs. --map 'tokens={tokens}'" in told
+        mapped = [f"lr={lr}", f"tokens={tokens}"]
+        table = mlflow.read(path, family="f", mapping=mapped, constants=["param_convention=total"])
+        assert (column(table, "lr"), column(table, "tokens")) == ([1e-5], [2e9])
+        assert not any("same name" in warning for warning in table.warnings)
+
+
 def test_mlflow_colliding_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has 'loss' twice; rename or remove one"):
         mlflow.read(write(tmp_path / "runs.csv", MLFLOW_PAGE))

@@ -1,19 +1,23 @@
 """Runs of MLflow: the CSV of an experiment's page, or that of ``mlflow.search_runs()``.
 
-The page writes parameters, metrics and tags without prefixes, search_runs with them.
+The page writes parameters, metrics and tags without prefixes, in this order; search_runs with them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from bayeslr.errors import DataError
-from bayeslr.importers.mapping import finish, look_names, plan, statuses
+from bayeslr.importers.mapping import Source, finish, look_names, plan, statuses
 from bayeslr.runs import RunTable, read_csv
+
+_PREFIXES = ("params.", "tags.", "metrics.")
+_AGAIN = " (2)"  # `read_csv` calls the second column of a name so
 
 STATES = {
     "finished": "ok",
@@ -32,7 +36,10 @@ def read(
     mapping: Sequence[str] = (),
     constants: Sequence[str] = (),
 ) -> RunTable:
-    """Run table of MLflow runs. mapping, constants: as in `bayeslr.importers.csv`."""
+    """Run table of MLflow runs. mapping, constants: as in `bayeslr.importers.csv`.
+
+    Of a parameter and a metric of one name, the metric is what a run measured.
+    """
     rows = read_csv(Path(path))
     headers = [str(name) for name in rows.frame.columns]
     id_header = next((h for h in ("run_id", "Run ID") if h in headers), None)
@@ -41,11 +48,14 @@ def read(
             f"{rows.place} has neither run_id nor Run ID, so it is no export of MLflow; "
             "any other table: bayeslr import csv"
         )
+    measured = look_names(headers, prefixes=("metrics.", "params.", "tags."))
+    measured |= {h.removesuffix(_AGAIN): h for h in headers if h.endswith(_AGAIN)}
     made = plan(
-        rows, names=look_names(headers, prefixes=("params.", "tags.", "metrics.")),
-        measured=look_names(headers, prefixes=("metrics.", "params.", "tags.")),
+        rows, names=look_names(headers, prefixes=_PREFIXES), measured=measured,
         family=family, mapping=mapping, constants=constants,
     )  # fmt: skip
+    twins = _twins(rows.frame, made.guessed)
+    made = dataclasses.replace(made, warnings=(*made.warnings, *twins))
     given: dict[str, pd.Series[Any] | str] = {"run_id": rows.frame[id_header], "source": "mlflow"}
     state = next((h for h in ("status", "Status") if h in headers), None)
     if state is not None:
@@ -59,6 +69,25 @@ def read(
     elif "Duration" in headers:
         given["wall_s"] = _duration(rows.frame["Duration"])
     return finish(rows, made, given)
+
+
+def _twins(frame: pd.DataFrame, guessed: Mapping[str, Source]) -> list[str]:
+    """A sentence for each column that was taken where another of its name tells something else."""
+    taken = {name: source.headers[0] for name, source in guessed.items()}
+    return [
+        f"{name} is taken from {header!r}; {other!r} has the same name and differs. "
+        f"--map '{name}={other}' if that is meant"
+        for name, header in taken.items()
+        for other in frame.columns
+        if _bare(other) == _bare(header) and not frame[other].equals(frame[header])
+    ]
+
+
+def _bare(header: str) -> str:
+    """Name of a parameter, a metric or a tag, as it was logged."""
+    for prefix in _PREFIXES:
+        header = header.removeprefix(prefix)
+    return header.removesuffix(_AGAIN)
 
 
 def _seconds(times: pd.Series[Any]) -> pd.Series[Any]:
