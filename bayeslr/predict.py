@@ -25,7 +25,7 @@ from bayeslr.features import REGRESSORS
 from bayeslr.posterior import Posterior, make_posterior, require_convention
 from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
 from bayeslr.runs import read_rows
-from bayeslr.specs import Target
+from bayeslr.specs import Target, require_plausible_counts
 from bayeslr.units import (
     MOST_EXTRA_TOKENS,
     format_extra_tokens,
@@ -118,6 +118,7 @@ def read_targets(path: str | Path) -> list[Target]:
     for line, row in zip(rows.lines.tolist(), rows.frame.to_dict("records"), strict=True):
         try:
             target = Target(**_target_values(row, required))
+            require_plausible_counts(target)
         except SpecError as error:
             raise DataError(f"{path} line {line}: {error}") from error
         if target.target_id in targets:

@@ -168,6 +168,30 @@ class Target:
         return train_flops(self.n_active, self.tokens)
 
 
+def require_plausible_counts(target: Target) -> None:
+    """Refuse counts of a target that a run table would doubt, given in billions or in sequences.
+
+    Raises: SpecError that asks for the unit.
+    """
+    n_active, tokens, batch = target.n_active, target.tokens, target.batch_tokens
+    where, large = f"target {target.target_id}:", n_active >= 1e7
+    _require(
+        n_active >= 1e3 and tokens <= 1e6 * n_active,
+        f"{where} n_active counts parameters, and {n_active:.6g} are too few for {tokens:.6g} "
+        "tokens; did you mean millions or billions? Give 1.3B, not 1.3",
+    )
+    _require(
+        tokens >= 1e-3 * n_active and (tokens >= 1e6 or not large),
+        f"{where} tokens counts tokens, and {tokens:.6g} are too few for {n_active:.6g} "
+        "parameters; did you mean billions? Give 500B, not 500",
+    )
+    _require(
+        batch >= (16384 if tokens > 1e7 * batch else 512) or not large,
+        f"{where} batch_tokens counts tokens a step, and {batch:.6g} are too few for "
+        f"{n_active:.6g} parameters; did you mean sequences? Multiply them by seq_len",
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunSpec:
     """One training run, as a runner receives it (JSON over the process boundary).

@@ -168,6 +168,8 @@ def test_all_diverged_ends_with_3(bayeslr: Any, tmp_path: Path) -> None:
           "1M"), 2, "--n-active must be a number such as 1.3B"),
         (("predict", "--prior", "weak", "--n-active", "2B", "--n-total", "1B", "--tokens", "1B",
           "--batch-tokens", "1M"), 2, "must not exceed n_total"),
+        (("predict", "--prior", "weak", "--n-active", "1.3", "--tokens", "500", "--batch-tokens",
+          "4"), 2, "did you mean millions or billions? Give 1.3B, not 1.3"),
         (("predict", "--prior", "weak", *FLAGS, "-o", "out.xlsx"), 2, "must end in .csv"),
         (("plan", "no-fit", "--space", "r.toml", "--budget", "1e18"), 2, "is no fit folder"),
         (("report", "no-fit"), 2, "is no fit folder"),

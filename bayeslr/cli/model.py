@@ -217,10 +217,10 @@ def wanted_targets(path: Path | None, *, n_active: str | None, n_total: str | No
 def target_of(n_active: str, n_total: str | None, tokens: str, batch_tokens: str,
             family: str | None, convention: str) -> Target:  # fmt: skip
     """Target of the flags, numbers as they were typed."""
-    from bayeslr.specs import Target
+    from bayeslr.specs import Target, require_plausible_counts
 
     active = parse_quantity(n_active, name="--n-active")
-    return Target(
+    target = Target(
         target_id="target",
         n_active=active,
         n_total=parse_quantity(n_total, name="--n-total") if n_total is not None else active,
@@ -229,6 +229,8 @@ def target_of(n_active: str, n_total: str | None, tokens: str, batch_tokens: str
         family=family,
         param_convention=convention,
     )
+    require_plausible_counts(target)
+    return target
 
 
 def echoed(target: Target) -> str:
