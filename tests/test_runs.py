@@ -232,6 +232,13 @@ def test_no_row_left_says_why() -> None:
     assert caught.value.exit_code == 3
 
 
+def test_a_frame_with_a_column_twice() -> None:
+    frame = pd.DataFrame([run(note="x")])
+    for name in ("lr", "note"):
+        with pytest.raises(DataError, match=f"the column '{name}' is there twice"):
+            make_table(pd.concat([frame, frame[[name]]], axis=1))
+
+
 def test_no_rows() -> None:
     with pytest.raises(DataError, match="there are no rows"):
         make_table([])
@@ -465,6 +472,13 @@ def test_round_trip(rows: list[dict[str, Any]], suffix: str, tmp_path_factory: A
     pd.testing.assert_frame_equal(again.frame[names], table.frame[names], check_exact=True)
     assert again.data_hash == table.data_hash
     assert len(again.quarantine) == 0
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".parquet", ".jsonl"])
+def test_round_trip_without_any_loss(suffix: str, tmp_path: Path) -> None:
+    table = make_table([run(status="diverged", loss=None)])
+    table.write(tmp_path / f"runs{suffix}")
+    assert read_runs(tmp_path / f"runs{suffix}").data_hash == table.data_hash
 
 
 def test_data_hash_sees_content_alone() -> None:

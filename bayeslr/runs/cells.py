@@ -88,7 +88,8 @@ class TypedRows:
 def type_columns(parts: list[Rows], warnings: list[str]) -> TypedRows:
     """Our columns as float64 or text, the others as they are; text for numbers is rejected.
 
-    Raises: DataError if a required column is missing. A missing status is warned of.
+    Raises: DataError if a required column is missing, or one is there twice. A missing status is
+    warned of.
     """
     frames = []
     no_numbers: dict[str, list[Mask]] = {name: [] for name in NUMBER_NAMES}
@@ -126,6 +127,10 @@ def _cells(part: Rows, name: str) -> pd.Series[Any]:
 
 def _require_columns(part: Rows, warnings: list[str]) -> None:
     have = [str(name) for name in part.frame.columns]
+    if twice := [name for name in have if have.count(name) > 1]:
+        raise DataError(
+            f"{part.place}: the column {twice[0]!r} is there twice; rename or remove one"
+        )
     missing = [name for name in REQUIRED_NAMES if name not in have]
     if "status" in missing:
         missing.remove("status")

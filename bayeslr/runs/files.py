@@ -8,7 +8,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import pandas as pd
 
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.runs.cells import Rows, broken_line
-from bayeslr.runs.columns import COLUMN_NAMES, NUMBER_NAMES
+from bayeslr.runs.columns import COLUMN_NAMES, NUMBER_NAMES, REQUIRED_NAMES
 from bayeslr.units import format_quantity
 
 
@@ -199,7 +199,7 @@ def encode(frame: pd.DataFrame, path: Path) -> bytes:
         frame.to_parquet(buffer, index=False)
         return buffer.getvalue()
     if suffix == ".jsonl":
-        return "".join(line + "\n" for line in json_lines(frame)).encode()
+        return "".join(line + "\n" for line in json_lines(frame, keep=REQUIRED_NAMES)).encode()
     raise SpecError(f"{path}: a run table is written as .csv, .parquet or .jsonl, by suffix")
 
 
@@ -211,13 +211,16 @@ def _whole(values: pd.Series[float]) -> pd.Series[Any]:
     return values
 
 
-def json_lines(frame: pd.DataFrame) -> list[str]:
-    """Rows as JSON objects without the missing values; floats in their shortest exact form."""
+def json_lines(frame: pd.DataFrame, keep: Sequence[str] = ()) -> list[str]:
+    """Rows as JSON objects without the missing values; floats in their shortest exact form.
+
+    keep: columns whose missing values stand as null, so that the column is there all the same.
+    """
     names = list(frame.columns)
     columns = [_json_values(frame[name]) for name in names]
     return [
         json.dumps(
-            {name: value for name, value in zip(names, row, strict=True) if value is not None},
+            {n: v for n, v in zip(names, row, strict=True) if v is not None or n in keep},
             allow_nan=False,
             ensure_ascii=False,
         )
