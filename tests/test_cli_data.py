@@ -71,6 +71,16 @@ def test_import_writes_the_quarantine_beside(steplaw: Path, tmp_path: Path) -> N
     assert not quarantine_path(out).exists()
 
 
+def test_import_does_not_overwrite_what_it_reads(steplaw: Path, tmp_path: Path) -> None:
+    before = steplaw.read_bytes()
+    (tmp_path / "same.csv").symlink_to(steplaw)
+    for out in (steplaw, tmp_path / "same.csv"):
+        with pytest.raises(SpecError, match="is the file that is imported; name another"):
+            bayeslr("import", "steplaw", steplaw, "-o", out)
+        bayeslr("import", "steplaw", steplaw, "-o", out, "--dry-run")
+    assert steplaw.read_bytes() == before
+
+
 def test_import_with_nothing_left_is_rejected(steplaw: Path, tmp_path: Path) -> None:
     lines = STEPLAW.splitlines()
     steplaw.write_text(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from bayeslr.errors import SpecError
 from bayeslr.units import counted, format_quantity
 
 if TYPE_CHECKING:
@@ -192,6 +193,10 @@ def _import(format_name: str, path: Path | str, out: Path, dry_run: bool, **opti
     from bayeslr.importers.mapping import MissingColumns
     from bayeslr.runs import quarantine_path, write_atomically
 
+    if not dry_run and out.exists() and Path(path).exists() and out.samefile(path):
+        raise SpecError(
+            f"-o {out} is the file that is imported; name another, to keep what it says"
+        )
     try:
         table = importers.read(format_name, str(path), **options)
     except MissingColumns as error:
