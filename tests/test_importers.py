@@ -297,6 +297,17 @@ def test_a_column_of_another_kind_only_bears_our_name(tmp_path: Path) -> None:
     assert list(table.quarantine["column"]) == ["wall_s"]  # the user's word is taken as it is
 
 
+def test_a_column_of_numbers_goes_before_one_of_text(tmp_path: Path) -> None:
+    """The name of a loss function stands under loss in many a config."""
+    text = "Name,State,loss,final_loss,lr,num_params,tokens,batch_tokens\n"
+    text += "a,finished,cross_entropy,3.2,1e-3,1.24e8,2.5e9,491520\n"
+    path = write(tmp_path / "w.csv", text)
+    assert column(wandb.read(path, constants=["param_convention=total"]), "loss") == [3.2]
+    write(path, text.replace("final_loss", "other"))
+    with pytest.raises(DataError, match="loss must be a number, got 'cross_entropy'"):
+        wandb.read(path, constants=["param_convention=total"])
+
+
 def test_the_peak_lr_is_taken_not_that_of_the_last_step(tmp_path: Path) -> None:
     """As nanoGPT logs to Weights & Biases, and the Trainer of transformers to MLflow."""
     head, tail = "num_params,tokens,batch_tokens", "1.24e8,2.5e9,491520"
@@ -636,6 +647,8 @@ def test_tensorboard_tags(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="several scalars; name one with --tag: loss, lr"):
         tensorboard.read(path, constants=SCALAR)
     assert column(tensorboard.read(path, constants=SCALAR, tag="loss"), "loss") == [3.0]
+    with pytest.raises(DataError, match="holds one scalar and does not tell which"):
+        tensorboard.read(write(path, CURVE), constants=SCALAR, tag="eval/loss")
 
 
 def test_tensorboard_needs_the_settings(tmp_path: Path) -> None:

@@ -292,8 +292,8 @@ def guess(
             doubts |= {name: doubt} if doubt else {}
         faults = {header: _fault(frame[header], name) for header in headers}
         fitting = [header for header, fault in faults.items() if not fault]
-        if fitting:
-            found[name] = Source(headers=(fitting[0],))
+        if headers and (fitting or name in REQUIRED_NAMES):  # of which the checks tell all faults
+            found[name] = Source(headers=((fitting or headers)[0],))
         elif headers:
             doubts[name] = f"{name} is not taken from {headers[0]!r}: {faults[headers[0]]}"
     if "top_k" in found and "n_experts" not in {*found, *known}:
@@ -311,7 +311,7 @@ def guess(
 def _fault(cells: pd.Series[Any], name: str) -> str:
     """Why no cell of a column that was found by its name can be ours; empty if one can."""
     column = _COLUMNS.get(name)
-    if column is None or column.required:  # a required column is for the checks to judge
+    if column is None:
         return ""
     if column.kind == "number":
         values, bad = numbers(cells)

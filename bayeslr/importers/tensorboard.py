@@ -77,6 +77,11 @@ def read(
 def _chosen(frame: pd.DataFrame, tag: str | None, place: str) -> np.ndarray:
     """Mask of the points of one scalar, (num_points,)."""
     if "tag" not in frame:
+        if tag is not None:
+            raise DataError(
+                f"{place} has no column tag: it holds one scalar and does not tell which. See that "
+                "it is the loss, and leave out --tag"
+            )
         return np.ones(len(frame), dtype=bool)
     tags = sorted({str(name) for name in frame["tag"]})
     if tag is None and len(tags) == 1:
