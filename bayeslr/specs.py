@@ -27,6 +27,9 @@ LR_MULTIPLIERS = tuple(f"{LR_MULTIPLIER}{group}" for group in MODULE_GROUPS)
 COVARIATES = ("weight_decay", *LR_MULTIPLIERS)
 """Columns of the hyperparameters beside the LR that runs of one slice may differ in."""
 
+MAX_COUNT = 1e16
+"""Of parameters or tokens: hundreds of times the largest published, 2e12 and 4e13 (Llama 4)."""
+
 WEIGHT_DECAY = 0.1
 """AdamW's, where a recipe states none."""
 
@@ -169,10 +172,16 @@ class Target:
 
 
 def require_plausible_counts(target: Target) -> None:
-    """Refuse counts of a target that a run table would doubt, given in billions or in sequences.
+    """Refuse counts of a target that a run table would doubt: in billions, or in sequences.
 
     Raises: SpecError that asks for the unit.
     """
+    for name in ("n_active", "n_total", "tokens", "batch_tokens"):
+        _require(
+            getattr(target, name) <= MAX_COUNT,
+            f"target {target.target_id}: {name} must not exceed {MAX_COUNT:g}, got "
+            f"{getattr(target, name):.6g}; was a factor of 1e9 applied twice?",
+        )
     n_active, tokens, batch = target.n_active, target.tokens, target.batch_tokens
     where, large = f"target {target.target_id}:", n_active >= 1e7
     _require(

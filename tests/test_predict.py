@@ -388,6 +388,7 @@ def test_targets_are_read(tmp_path: Path) -> None:
         ("a,1e9,8e9,1e6,1e7,x,1\n", r"line 2: .*batch_tokens .* must not exceed tokens"),
         ("a,1.3,12,500,4,x,\n", r"line 2: .*1.3 are too few for 500 tokens; .* 1.3B, not 1.3"),
         ("a,1.3B,12B,500,4,x,\n", r"line 2: .*500 are too few for 1.3e\+09 .* 500B, not 500"),
+        ("a,1.3B,12B,500e18,4M,x,\n", r"line 2: .*tokens must not exceed 1e\+16, got 5e\+20"),
         ("a,1.3B,12B,500B,1024,x,\n", r"line 2: .*did you mean sequences\? Multiply"),
     ],
 )

@@ -190,6 +190,8 @@ def test_our_own_trainer_is_trusted_with_counts() -> None:
         ({"param_convention": "all"}, "param_convention", "must be one of", "output matrices"),
         ({"arch": "mixture"}, "arch", "must be one of dense, moe", "these words"),
         ({"arch": "dense", "n_total": 2e8}, "arch", "n_active equal to n_total", "arch=moe"),
+        ({"n_total": 1e17}, "n_total", "must not exceed 1e+16", "1e9 applied twice"),
+        ({"tokens": 2e18}, "tokens", "must not exceed 1e+16", "1e9 applied twice"),
         ({"n_active": 2e8}, "n_active", "must not exceed n_total", "swapped"),
         ({"tokens": 2.0}, "tokens", "below batch_tokens", "did you mean billions"),
         ({"tokens": 2000.0, "batch_tokens": 512}, "tokens", "too few", "did you mean billions"),

@@ -174,8 +174,8 @@ def check(
         typer.echo(json_text(facts, indent=2))
         return
     typer.echo(
-        f"{facts['source']}: {facts['rows']} rows, {format_quantity(facts['flops'])} FLOPs, "
-        f"parameters counted as {facts['param_convention']}"
+        f"{facts['source']}: {counted(facts['rows'], 'row')}, {format_quantity(facts['flops'])} "
+        f"FLOPs, parameters counted as {facts['param_convention']}"
     )
     for family in facts["families"]:
         typer.echo("\n" + _family_lines(family))
@@ -253,7 +253,8 @@ def _echo_warnings(table: RunTable) -> None:
 def _family_lines(family: dict[str, Any]) -> str:
     counts = ", ".join(f"{n} {status}" for status, n in family["status"].items())
     lines = [
-        f"family {family['family']} ({', '.join(family['arch'])}): {family['runs']} runs; {counts}",
+        f"family {family['family']} ({', '.join(family['arch'])}): "
+        f"{counted(family['runs'], 'run')}; {counts}",
         f"  shapes: {family['shapes']}; cells (shape x tokens): {family['cells']}; "
         f"slices (cell x batch): {family['slices']}",
     ]

@@ -11,6 +11,7 @@ import pandas as pd
 from bayeslr.errors import DataError
 from bayeslr.runs.cells import Floats, Mask, Rejects, TypedRows, numbers
 from bayeslr.runs.columns import COLUMNS, REQUIRED_NAMES, RUN_KEYS, Column
+from bayeslr.specs import MAX_COUNT
 from bayeslr.units import counted
 
 # 1.2 ln(vocabulary) for a vocabulary of 118,000: a higher loss is worse than guessing.
@@ -183,6 +184,13 @@ def _check_loss_unit(frame: pd.DataFrame, rejects: Rejects) -> None:
 
 
 def _check_sizes(frame: pd.DataFrame, rejects: Rejects) -> None:
+    for name in ("n_active", "n_total", "tokens", "planned_tokens", "batch_tokens"):
+        rejects.add(
+            frame[name].to_numpy() > MAX_COUNT,
+            name,
+            f"{name} must not exceed {MAX_COUNT:g}",
+            "no model and no corpus is so large: was a factor of 1e9 applied twice?",
+        )
     n_active, n_total = _floats(frame, "n_active", "n_total")
     rejects.add(
         n_active > n_total,
@@ -305,8 +313,9 @@ def _check_runs(frame: pd.DataFrame, rejects: Rejects, warnings: list[str]) -> N
         "nothing to mend; remove the repetition if you like",
     )
     if len(repeats):
+        verb = "repeats" if len(repeats) == 1 else "repeat"
         warnings.append(
-            f"{counted(len(repeats), 'row')} repeat an earlier one (the first "
+            f"{counted(len(repeats), 'row')} {verb} an earlier one (the first "
             f"is of run_id {frame['run_id'].loc[repeats[0]]!r}); the earlier ones are kept"
         )
     left = place.drop(index=repeats)
