@@ -488,6 +488,13 @@ def test_optuna_csv(tmp_path: Path) -> None:
     assert any("no loss is taken of 1 pruned trials" in warning for warning in table.warnings)
 
 
+def test_optuna_a_clock_that_was_put_back_costs_no_trial(tmp_path: Path) -> None:
+    text = OPTUNA.replace("0 days 00:04:22.368701", "-1 days +23:10:00")
+    table = optuna.read(write(tmp_path / "study.csv", text), constants=SETTINGS)
+    assert column(table, "wall_s")[:2] == [None, 262]
+    assert column(table, "run_id")[0] == "study-0"
+
+
 def test_the_loss_of_a_pruned_trial_counts_if_its_tokens_were_seen(tmp_path: Path) -> None:
     """Optuna's value is the last report; ``tokens`` are as a rule those that were planned."""
     said = write(tmp_path / "study.csv", OPTUNA.replace("2e9,,PRUNED", "2e9,partial,PRUNED"))
