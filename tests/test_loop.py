@@ -329,6 +329,23 @@ def test_rows_that_break_a_rule_are_said_and_kept_apart(tmp_path: Path) -> None:
     assert "tokens must be finite and > 0" in "\n".join(status_lines(status))
 
 
+def test_seconds_that_are_no_number_fail_the_run_and_not_the_sweep(tmp_path: Path) -> None:
+    argv = scheduled("loss_of(spec, tokens), wall_s='00:12:31'")
+    with pytest.raises(DataError, match=r"wall_s must be a number, got '00:12:31'"):
+        sweep(tmp_path, options__argv=argv, sweep__max_runs=1)
+    assert [state for state, _ in finished_runs(tmp_path).values()] == ["failed"]
+
+
+def test_the_line_of_a_run_has_its_final_loss(tmp_path: Path) -> None:
+    """An undecayed loss at the same tokens is a checkpoint, whichever was recorded last."""
+    undecayed = "row | dict(loss=9.0, status='partial')"
+    code = f"{TIMED}        records.write(json.dumps({undecayed}) + chr(10))"
+    argv = ["{python}", "-c", code, "{spec}", "{records}"]
+    _, lines = sweep(tmp_path, options__argv=argv, sweep__max_runs=1)
+    ((_, losses),) = finished_runs(tmp_path).values()
+    assert f"loss {losses[4e5]:.4f}" in lines[0]
+
+
 def test_a_trainer_that_never_works_stops_the_sweep(tmp_path: Path) -> None:
     argv = ["{python}", "-c", "raise SystemExit('no GPU here')"]
     with pytest.raises(DataError, match=r"no run came to anything.*no GPU here.*--retry"):

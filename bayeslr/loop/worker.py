@@ -268,13 +268,16 @@ class Worker:
         share = spent / self._study.recipe().budget_flops
         outcome = verdict.state
         if verdict.state == "ok":
-            outcome = f"loss {verdict.rows[-1]['loss']:.4f}"
+            # An undecayed loss may lie at the same tokens as the last one, or beyond it.
+            final = [row for row in verdict.rows if row["status"] == "ok"][-1]
+            outcome = f"loss {final['loss']:.4f}"
         elif verdict.state == "pruned":
             outcome = f"stopped early: {verdict.reason}"
         elif verdict.reason:
             outcome += f" ({verdict.reason})"
         # A run that was trained before, in a stack say, ends here at once: its records know better.
-        wall_s = max([wall_s, *(row.get("wall_s") or 0.0 for row in verdict.rows)])
+        recorded = [row.get("wall_s") for row in verdict.rows]
+        wall_s = max([wall_s, *(s for s in recorded if isinstance(s, int | float))])
         return (
             f"[{share:4.0%} of budget] {spec.run_id}: {spec.shape.get('name', '')} "
             f"N={format_quantity(spec.n_active)} D={format_quantity(spec.tokens)} "
