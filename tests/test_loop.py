@@ -121,6 +121,19 @@ def test_a_space_that_is_used_up_is_repeated_where_the_recipe_allows(tmp_path: P
     assert len({name.rpartition("-s")[0] for name in names}) == 4
 
 
+def test_repeats_are_not_drawn_at_random(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unmixed(runs: Any, *_: Any, **__: Any) -> fakes.FakePosterior:
+        return fakes.FakePosterior(8e-3, len(runs), trustworthy=False)
+
+    monkeypatch.setattr(sys.modules["bayeslr.sampling"], "fit", unmixed)
+    few = {"low": 4e-3, "high": 8e-3, "per_octave": 1}
+    result, _ = sweep(tmp_path, space__lr=few, sweep__repeats=True)
+    assert (result.stop.kind, len(finished_runs(tmp_path))) == ("done", 4)
+    assert "a repeat is not drawn at random, for the runs so far cannot be fitted: so so" in (
+        result.stop.reason
+    )
+
+
 def test_a_larger_budget_goes_on(tmp_path: Path) -> None:
     sweep(tmp_path, sweep__budget_flops=3e12)
     few = finished_runs(tmp_path)

@@ -120,6 +120,9 @@ class Planner:
                 why = f"drawn at random, for the runs so far cannot be fitted: {error}"
                 self._progress(why)
         new = [p for p in affordable if not p.repeat]
+        if not new:
+            reason = "every run of the space that the budget has room for has been made"
+            return Stop(kind="done", reason=f"{reason}, and a repeat is not {why}")
         drawn = random_design(recipe, new, num_runs=num_runs, budget_flops=left, first=len(trials))
         return _due(drawn, why)
 
