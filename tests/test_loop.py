@@ -562,6 +562,36 @@ def test_the_target_itself_is_trained_and_judged(tmp_path: Path) -> None:
     assert sum("of budget" in line for line in lines) == 3
 
 
+def test_the_targets_own_runs_are_made_again_with_retry_and_end_whole(tmp_path: Path) -> None:
+    marker, out = tmp_path / "mended", tmp_path / "out"
+    code = (
+        f"import os, runpy, sys; os.path.exists({str(marker)!r}) or 'validation' in sys.argv[1]"
+        " and sys.exit('no room for it');"
+        "runpy.run_module('bayeslr_runners.toy', run_name='__main__', alter_sys=True)"
+    )
+    changes = {
+        "options__argv": ["{python}", "-c", code, "{spec}", "{records}", "{dir}"],
+        "sweep__max_runs": 6,
+        "sweep__early_ends": True,
+        "sweep__validate_target": True,
+    }
+    result, _ = sweep(out, **changes)
+    marker.touch()
+    same, _ = sweep(out, **changes)
+    for checked in (result.validation, same.validation):
+        assert checked is not None
+        assert checked.states == ("failed",) * 3
+    mended, _ = sweep(out, **changes, _retry=True)
+    checked = mended.validation
+    assert checked is not None
+    assert checked.states == ("ok",) * 3
+    assert "Regret" in "\n".join(checked.lines())
+    study = open_study(None, "toy.validation", out, None)
+    assert [t.state for t in study.trials()] == ["failed"] * 3 + ["ok"] * 3
+    assert not study.recipe().early_ends
+    study.close()
+
+
 def verdict(losses: dict[float, float | None], low: float = 5e-3, high: float = 2e-2) -> Any:
     recipe = parse_recipe(toy_recipe())
     spec = start_design(recipe, loop.find_runner(recipe))[0].spec

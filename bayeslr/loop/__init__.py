@@ -112,7 +112,7 @@ def sweep(
         finally:
             study.close()
         if recipe.validate_target:
-            validation = train_target(result, runner, storage, progress)
+            validation = train_target(result, runner, storage, progress, retry=retry)
             result = dataclasses.replace(result, validation=validation)
         lines = result.validation.lines() if result.validation else []
         progress("writing the report", transient=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from bayeslr.errors import DataError, UntrustworthyFit
 from bayeslr.loop.early import EarlyEnds, early_ends
-from bayeslr.loop.planning import table_of
+from bayeslr.loop.planning import FAILED_STATES, table_of
 from bayeslr.loop.validation import (
     Validation,
     near_lr,
@@ -151,9 +151,17 @@ def _checked(posterior: Posterior, table: RunTable, seed: int, progress: Progres
 
 
 def train_target(
-    result: SweepResult, runner: Runner, storage: str | None, progress: Progress
+    result: SweepResult,
+    runner: Runner,
+    storage: str | None,
+    progress: Progress,
+    *,
+    retry: bool = False,
 ) -> Validation:
-    """Train the first target for real; killed and started again it resumes like the sweep."""
+    """Train the first target for real; killed and started again it resumes like the sweep.
+
+    retry: ask once more for those of its runs that failed or were lost.
+    """
     recipe, out = result.recipe, result.out
     target = targets_of(recipe, runner)[0]
     prediction = result.predictions.to_dict("records")[0]
@@ -162,18 +170,25 @@ def train_target(
     runs = validation_runs(recipe, runner, target, float(prediction["lr"]))
     progress(validation_summary(recipe, target, math.fsum(run.flops for run in runs)))
     own = dataclasses.replace(
-        recipe, name=f"{recipe.name}.validation", max_runs=None,
+        recipe, name=f"{recipe.name}.validation", max_runs=None, early_ends=False,
         budget_flops=math.fsum(run.flops for run in runs),
     )  # fmt: skip
     study: Study = find_entry_point("bayeslr.studies", "optuna")(storage, own.name, out, own)
 
     def plan(trials: Sequence[Trial], _: int) -> list[Due] | Stop:
         # After more runs another LR may be recommended: what was checked stands, the rest follows.
-        missing = [run for run in runs if not near_lr(run.spec.lr, trials)]
+        tried = [t.spec.run_id for t in trials if t.number in forgiven]
+        missing = [
+            dataclasses.replace(run, nth=tried.count(run.spec.run_id) + 1)
+            for run in runs
+            if not near_lr(run.spec.lr, [t for t in trials if t.number not in forgiven])
+        ]
         return missing or Stop(kind="done", reason="the target's runs have ended")
 
     try:
-        if (trials := study.trials()) and isinstance(missing := plan(trials, 0), list):
+        trials = study.trials()
+        forgiven = {t.number for t in trials if retry and t.state in FAILED_STATES}
+        if trials and isinstance(missing := plan(trials, 0), list):
             budget = math.fsum([t.flops for t in trials] + [run.flops for run in missing])
             study.set_recipe(dataclasses.replace(own, budget_flops=budget))
             study.set_note("stop", None)

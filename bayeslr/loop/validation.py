@@ -122,10 +122,12 @@ def near_lr(lr: float, trials: Sequence[Trial]) -> list[Trial]:
 def validate(trials: Sequence[Trial], prediction: Mapping[str, Any]) -> Validation:
     """Verdict on a prediction (a row of the predictions table) from the ended runs.
 
-    Runs about an LR that was recommended before, and is no more, are left out.
+    Runs about an LR that was recommended before, and is no more, are left out; one that was made
+    again counts as what it came to.
     """
     recommended = float(prediction["lr"])
-    trials = [t for multiple in MULTIPLES for t in near_lr(multiple * recommended, trials)]
+    near = [t for multiple in MULTIPLES for t in near_lr(multiple * recommended, trials)]
+    trials = list({t.spec.lr: t for t in near}.values())
     trials.sort(key=lambda t: t.spec.lr)
     losses = [t.final_loss for t in trials]
     measured = [(t.spec.lr, y) for t, y in zip(trials, losses, strict=True) if y is not None]
