@@ -465,22 +465,24 @@ def test_a_disk_that_refuses_is_said_and_the_sweep_resumes(
     assert result.stop.kind == "budget"
 
 
-def test_predictions_are_written_all_or_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["resolved.json", "recipe.toml", "predictions.csv"])
+def test_what_others_read_is_written_all_or_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep(tmp_path, sweep__max_runs=1)
-    before = (tmp_path / "predictions.csv").read_text()
+    before = (tmp_path / name).read_text()
     replace = os.replace
 
     def full(source: Any, target: Any) -> None:
-        if Path(target).name == "predictions.csv":
+        if Path(target).name == name:
             raise OSError(errno.ENOSPC, "No space left on device")
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(StorageError, match=r"predictions\.csv.*No space left on device"):
+    with pytest.raises(StorageError, match=rf"{name}.*No space left on device"):
         sweep(tmp_path, sweep__max_runs=2)
-    assert (tmp_path / "predictions.csv").read_text() == before
+    assert (tmp_path / name).read_text() == before
+    assert open_status(str(tmp_path))["name"] == "toy"
 
 
 def test_an_interrupted_sweep_gives_its_runs_up_cleanly(
@@ -627,6 +629,13 @@ def test_the_verdict_is_honest(
     assert checked.inside is inside
     text = "\n".join(checked.lines())
     assert ("OUTSIDE" in text) is (inside is False)
+
+
+def test_of_two_losses_the_lower_says_to_which_side_the_optimum_may_lie() -> None:
+    falling = verdict({5e-3: 3.1, 1e-2: 3.0, 2e-2: None})
+    assert "the optimum may lie further above" in "\n".join(falling.lines())
+    rising = verdict({5e-3: None, 1e-2: 3.0, 2e-2: 3.1})
+    assert "the optimum may lie further below" in "\n".join(rising.lines())
 
 
 def test_the_parabola_finds_its_bottom() -> None:

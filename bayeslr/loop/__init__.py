@@ -37,6 +37,7 @@ from bayeslr.loop.status import status_of
 from bayeslr.loop.validation import validation_runs
 from bayeslr.loop.worker import Progress, Stop, Worker, silent
 from bayeslr.runner_protocol import Runner, Study, find_entry_point, find_runner, mask_password
+from bayeslr.runs import write_atomically
 from bayeslr.space import candidates, cell_of, targets_of, weights_of
 from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
 from bayeslr.units import format_flops, gpu_hours
@@ -340,8 +341,9 @@ def _write_resolved(recipe: Recipe, out: Path, storage: str | None) -> None:
         "storage": mask_password(storage),
     }
     text = json.dumps(document, indent=2, allow_nan=False)
-    (out / "resolved.json").write_text(text + "\n", encoding="utf-8")
-    (out / "recipe.toml").write_text(to_toml(recipe_document(recipe)), encoding="utf-8")
+    # Read by `status` and workers at any moment, and what a full disk cuts short is not to be read.
+    write_atomically(out / "resolved.json", f"{text}\n".encode())
+    write_atomically(out / "recipe.toml", to_toml(recipe_document(recipe)).encode())
 
 
 def to_toml(document: Mapping[str, Any]) -> str:

@@ -49,12 +49,17 @@ class Validation:
         if self.bracketed:
             return self.lr_q05 <= self.best_lr <= self.lr_q95
         # The optimum lies at or beyond the outermost LR: outside for certain only past an end.
-        low_side = self.best_lr < self.lr
-        if (low_side and self.best_lr <= self.lr_q05) or (
-            not low_side and self.best_lr >= self.lr_q95
+        if (self._low_side and self.best_lr <= self.lr_q05) or (
+            not self._low_side and self.best_lr >= self.lr_q95
         ):
             return False
         return None
+
+    @property
+    def _low_side(self) -> bool:
+        """Whether the best LR is the lowest of those with a loss."""
+        measured = [lr for lr, y in zip(self.lrs, self.losses, strict=True) if y is not None]
+        return self.best_lr == min(measured)
 
     def lines(self) -> list[str]:
         """What came out, for people."""
@@ -70,7 +75,7 @@ class Validation:
             best_lr = format_lr(self.best_lr)
             told.append(f"The bottom of the valley through them is at lr {best_lr}.")
         else:
-            side = "below" if self.best_lr < self.lr else "above"
+            side = "below" if self._low_side else "above"
             told.append(
                 f"The lowest loss is at the edge, lr {format_lr(self.best_lr)}: the optimum may "
                 f"lie further {side}."
