@@ -267,7 +267,8 @@ class _Beliefs:
         excess = laws.valley_excess(u, at.curvature[:, column], skew) + off_best[:, candidate_of]
         logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = laws.logistic(logit)
-        self.p_diverge = lost.mean(axis=0)[first[:-1]]
+        # To whichever horizon a run goes: it has diverged if it does so anywhere on its way.
+        self.p_diverge = lost.mean(axis=0)[first[1:] - 1]
         finished = np.minimum(excess, _MAX_EXCESS)
         # Draws far out in the tails (batches far from the best, exponents of a normal
         # approximation) would make up all of a covariance. What the runs of a slice share is

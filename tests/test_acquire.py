@@ -103,6 +103,19 @@ def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> No
     assert added.var(axis=0) == pytest.approx(9 * both.noise_variance, rel=0.2)
 
 
+def test_a_run_diverges_as_its_longest_horizon_does(posterior: Posterior) -> None:
+    (n, *_), (short, long), (b, *_) = SIZES, TOKENS, BATCHES
+    runs = [
+        candidate("short", n, short, b, u=1.4 + true_log_lr(n, long, b) - true_log_lr(n, short, b)),
+        candidate("long", n, long, b, u=1.4),
+        candidate("both", n, long, b, u=1.4, decay_at=(int(short),)),
+    ]
+    beliefs = _Beliefs(posterior, runs, GOAL, np.ones(1), seed=1)
+    to_short, to_long, to_both = beliefs.p_diverge
+    assert to_short < 0.9 * to_long
+    assert to_both == pytest.approx(to_long)
+
+
 def test_the_end_of_a_run_is_worth_less_the_farther_up_it_is(posterior: Posterior) -> None:
     found = choose(posterior, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=1, price_ends=True)
     ends = [proposal.finishing for proposal in found.proposals]
