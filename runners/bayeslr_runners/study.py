@@ -81,6 +81,9 @@ _PARAMETERS: dict[str, BaseDistribution] = {
 }
 """What Optuna's own plots and samplers see; wide, for a sweep may leave its space later."""
 
+_UNCLAIMED = (None, 0.0, -1)
+"""Owner, time and attempt of what nobody has claimed."""
+
 _open_instances: set[str] = set()
 
 T = TypeVar("T")
@@ -376,10 +379,12 @@ class Sweep:
 
     def adopt(self, number: int) -> bool:
         """Take over a running trial whose owner is dead; False if it is alive or taken."""
+        what = f"trial:{number}"
+        *_, attempt = self._winning_claims(what).get(what, _UNCLAIMED)
         trial = self._find(number)
         if trial.finished or trial.alive:
             return False
-        if not self._win(f"trial:{number}") or not self._judge(number):
+        if not self._win(what, attempt + 1) or not self._judge(number):
             return False
         raw = self._one(number)
         # Kept for people who read the study; ownership itself is decided by the claims.
@@ -454,14 +459,14 @@ class Sweep:
 
     def claim(self, task: str) -> bool:
         """Whether a one-off task, such as planning a batch, is ours: one live owner at a time."""
-        winner = self._winning_claims("task:").get(f"task:{task}")
-        if winner is not None:
-            owner, since, _ = winner
+        what = f"task:{task}"
+        owner, since, attempt = self._winning_claims(what).get(what, _UNCLAIMED)
+        if owner is not None:
             if owner.instance == self._me.instance:
                 return True
             if owner.alive(since, TASK_SECONDS):
                 return False
-        return self._win(f"task:{task}")
+        return self._win(what, attempt + 1)
 
     def close(self) -> None:
         """Release what is held; trials of ours that still run become adoptable."""
@@ -578,18 +583,21 @@ class Sweep:
         winners: dict[str, tuple[Owner, float, int]] = {}
         for raw in self._raw(self._claims_id):
             what, attempt = raw.user_attrs["what"], raw.user_attrs["attempt"]
-            if what.startswith(prefix) and attempt > winners.get(what, (None, 0.0, -1))[2]:
+            if what.startswith(prefix) and attempt > winners.get(what, _UNCLAIMED)[2]:
                 winners[what] = (Owner(**raw.user_attrs["owner"]), raw.user_attrs["time"], attempt)
         return winners
 
-    def _win(self, what: str) -> bool:
-        """Claim what nobody alive owns; of several claims of one attempt the earliest wins."""
-        *_, attempt = self._winning_claims(what).get(what, (None, 0.0, -1))
+    def _win(self, what: str, attempt: int) -> bool:
+        """Claim what nobody alive owns; of several claims of one attempt the earliest wins.
+
+        attempt: one more than that of the claim that was seen to be dead, so that one made since
+        then is not overruled.
+        """
         claim = create_trial(
             state=TrialState.PRUNED,
             user_attrs={
                 "what": what,
-                "attempt": attempt + 1,
+                "attempt": attempt,
                 "owner": dataclasses.asdict(self._me),
                 "time": time.time(),
             },

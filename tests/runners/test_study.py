@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -208,6 +209,36 @@ def test_a_task_has_one_live_owner(opened: Sweep, storage: str | None, tmp_path:
     assert not other.claim("batch:0")
     opened.close()
     assert other.claim("batch:0")
+
+
+@pytest.mark.parametrize(("what", "moment"), [("task", 1), ("trial", 1), ("trial", 2)])
+def test_what_is_claimed_between_another_ones_look_and_claim_stays_so(
+    what: str,
+    moment: int,
+    opened: Sweep,
+    storage: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gone, first = (open_study(storage, "toy", tmp_path, None) for _ in range(2))
+    trial = gone.ask(spec(0), flops=10.0, reason="")
+    assert trial is not None
+    gone.close()
+    look, looks, won = opened._winning_claims, itertools.count(1), []
+
+    def take(sweep: Sweep) -> bool:
+        return sweep.claim("batch:0") if what == "task" else sweep.adopt(trial.number)
+
+    def overtaken(prefix: str) -> Any:
+        found = look(prefix)
+        if next(looks) == moment:
+            won.append(take(first))
+        return found
+
+    monkeypatch.setattr(opened, "_winning_claims", overtaken)
+    assert not take(opened)
+    assert won == [True]
+    assert what == "task" or first.beat(trial.number)
 
 
 def test_notes_and_recipe_are_read_back(opened: Sweep, storage: str | None, tmp_path: Path) -> None:
