@@ -8,7 +8,7 @@ import math
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -82,6 +82,13 @@ def _positive(owner: object, *names: str) -> None:
 
 def _positive_if_given(owner: object, *names: str) -> None:
     _positive(owner, *(name for name in names if getattr(owner, name) is not None))
+
+
+def _whole_if_given(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
+            raise SpecError(f"{name} must be a whole number, as in 4, got {value!r}")
 
 
 def check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
@@ -452,6 +459,14 @@ class Recipe:
     def __post_init__(self) -> None:
         _positive(self, "budget_flops", "workers", "batch_runs", "start_runs")
         _positive_if_given(self, "max_runs", "flops_per_second")
+        _whole_if_given(self, "workers", "batch_runs", "start_runs", "max_runs", "seed")
+        _require(self.seed >= 0, f"recipe {self.name}: seed must be >= 0, got {self.seed}")
+        for name in ("stop_rule", "early_ends", "repeats", "validate_target"):
+            value = getattr(self, name)
+            _require(
+                isinstance(value, bool),
+                f"recipe {self.name}: {name} must be true or false, without quotes, got {value!r}",
+            )
         _require(len(self.targets) > 0, f"recipe {self.name}: at least one [[targets]] is needed")
         _require(
             self.strategy in STRATEGIES,
@@ -466,6 +481,11 @@ class Recipe:
             self.run,
             [n for n in _field_names(RunSpec) if n not in _SET_BY_SWEEP],
             f"recipe {self.name}, [run]",
+        )
+        run_seed = self.run.get("seed", 0)
+        _require(
+            isinstance(run_seed, Integral) and not isinstance(run_seed, bool),
+            f"recipe {self.name}, [run]: seed must be a whole number, got {run_seed!r}",
         )
         multipliers = self.options.get("lr_multipliers", {})
         _require(

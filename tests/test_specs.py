@@ -275,6 +275,11 @@ def test_one_budget_is_given_and_whole(change: dict[str, Any], message: str) -> 
         ({"space__shapes": []}, r"space\.shapes must not be empty"),
         ({"sweep__budget_flops": "lots"}, "budget_flops must be a number"),
         ({"sweep__budget_flops": -1}, "budget_flops must be finite and > 0"),
+        ({"sweep__start_runs": 2.5}, "start_runs must be a whole number, as in 4, got 2.5"),
+        ({"sweep__workers": 1.5}, "workers must be a whole number"),
+        ({"sweep__seed": -1}, "seed must be >= 0, got -1"),
+        ({"sweep__early_ends": "no"}, "early_ends must be true or false, without quotes, got 'no'"),
+        ({"run__seed": "x"}, r"\[run\]: seed must be a whole number, got 'x'"),
     ],
 )
 def test_recipe_names_the_broken_rule(change: dict[str, Any], message: str) -> None:

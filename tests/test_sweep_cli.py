@@ -111,6 +111,14 @@ def test_dry_run_trains_nothing(recipe: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_dry_run_shows_the_first_runs_of_the_seed_that_is_given(recipe: Path) -> None:
+    own, same, other = (
+        bayeslr("sweep", recipe, "--dry-run", *seed).stdout
+        for seed in ((), ("--seed", 1), ("--seed", 3))
+    )
+    assert own == same != other
+
+
 def test_another_strategy_by_the_same_command_is_a_sweep_of_its_own(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

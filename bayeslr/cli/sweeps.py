@@ -83,13 +83,15 @@ def sweep(
     opened = open_recipe(recipe)
     if strategy is not None:
         opened = dataclasses.replace(opened, strategy=strategy)
+    if seed is not None:
+        opened = dataclasses.replace(opened, seed=seed)
     if dry_run:
         plan = describe(opened)
         _echo(json_text(plan, indent=2)) if as_json else _print_description(plan)
         return
     stop_on_sigterm()
     folder = _folder(opened.name, out, strategy)
-    result = run_sweep(opened, folder, storage=storage, seed=seed, retry=retry, progress=Lines())
+    result = run_sweep(opened, folder, storage=storage, retry=retry, progress=Lines())
     _print_summary(result)
     _require_trust(result)
 
