@@ -692,6 +692,14 @@ def test_a_budget_below_the_cheapest_run_is_refused(tmp_path: Path) -> None:
         sweep(tmp_path, sweep__budget_flops=1e3)
 
 
+def test_what_the_runner_refuses_is_said_before_there_is_a_study(tmp_path: Path) -> None:
+    recipe = open_recipe("quickstart")
+    wrong = dataclasses.replace(recipe, run={**recipe.run, "param_convention": "total"})
+    with pytest.raises(SpecError, match="the proxy trainer counts non_embedding parameters"):
+        loop.sweep(wrong, tmp_path)
+    assert not (tmp_path / "study.journal").exists()
+
+
 def test_validation_needs_a_target_that_can_be_trained(tmp_path: Path) -> None:
     target = {"n_active": 1e6, "n_total": 2e6, "tokens": 1e6, "batch_tokens": 4096}
     with pytest.raises(SpecError, match="validate_target needs a shape"):

@@ -226,6 +226,8 @@ def check_recipe(recipe: Recipe, runner: Runner) -> list[Target]:
             f"run ({cheapest.spec.run_id}, "
             f"{format_flops(cheapest.flops, recipe.flops_per_second)})"
         )
+    # What the runner refuses to train could not be mended once the study holds the recipe.
+    runner.command(cheapest.spec, Path(cheapest.spec.run_id))
     return targets
 
 
