@@ -231,7 +231,8 @@ def _patiently(operation: Callable[[], T]) -> T:
         except StorageInternalError as error:
             cause = str(error.__cause__ or error)
             refused = type(error.__cause__).__name__ in ("DataError", "ProgrammingError")
-            if refused or "full" in cause or time.monotonic() > give_up:
+            refused |= any(word in cause for word in ("full", "readonly", "read-only"))
+            if refused or time.monotonic() > give_up:
                 raise StorageError(f"the study's storage does not answer: {cause}") from error
             time.sleep(pause)
             pause = min(2 * pause, 2.0)

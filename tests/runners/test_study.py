@@ -291,6 +291,18 @@ def test_a_storage_that_cannot_be_opened(url: str, message: str, tmp_path: Path)
     assert "secret" not in str(caught.value)
 
 
+def test_a_database_that_may_only_be_read_is_read_and_refuses_at_once(tmp_path: Path) -> None:
+    database = tmp_path / "study.db"
+    open_study(f"sqlite:///{database}", "toy", tmp_path, recipe()).close()
+    reader = open_study(f"sqlite:///file:{database}?mode=ro&uri=true", "toy", tmp_path, None)
+    assert reader.recipe() == recipe()
+    begun = time.monotonic()
+    with pytest.raises(StorageError, match="readonly database"):
+        reader.set_note("stop", None)
+    assert time.monotonic() - begun < study_module.BUSY_SECONDS / 4
+    reader.close()
+
+
 def test_passwords_are_masked() -> None:
     assert mask_password("postgresql://a:b@c/d") == "postgresql://a:***@c/d"
     assert mask_password("sqlite:///x.db") == "sqlite:///x.db"
