@@ -504,6 +504,18 @@ def test_an_interrupted_sweep_gives_its_runs_up_cleanly(
     assert result.stop.kind == "max_runs"
 
 
+def test_a_sweep_that_chooses_its_next_runs_is_not_idle(tmp_path: Path) -> None:
+    states = []
+
+    def look(line: str, *, transient: bool = False) -> None:
+        if line == "choosing the next runs":
+            states.append(open_status(str(tmp_path))["state"])
+
+    loop.sweep(parse_recipe(toy_recipe(sweep__max_runs=7)), tmp_path, progress=look)
+    assert states == ["running"] * 3
+    assert open_status(str(tmp_path))["state"] == "stopped"
+
+
 def test_records_of_a_run_that_was_not_told_are_used(tmp_path: Path) -> None:
     """Killed between the child's end and the study's answer: nothing is trained again."""
     recipe = parse_recipe(toy_recipe(sweep__max_runs=1))

@@ -32,7 +32,8 @@ def status_of(study: Study) -> dict[str, Any]:
     if stop is not None:
         state = "stopped"
     else:
-        state = "running" if any(t.alive for t in running) else "idle"
+        # Between two batches no run is under way, and whoever chooses the next is at work.
+        state = "running" if any(t.alive for t in running) or study.slots() else "idle"
     flops = {
         "budget": recipe.budget_flops,
         "spent": math.fsum(t.flops for t in trials if t.finished),
