@@ -725,6 +725,28 @@ def test_an_unknown_key_in_a_recipe_is_named(tmp_path: Path) -> None:
         loop.sweep(path, tmp_path)
 
 
+def test_a_sweep_whose_study_lies_elsewhere_is_not_begun_anew_beside_it(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    first, _ = sweep(tmp_path / "out", sweep__max_runs=1, _storage=url)
+    with pytest.raises(StorageError, match=r"keeps its study in sqlite:///.*study\.db: give that"):
+        sweep(tmp_path / "out", sweep__max_runs=1)
+    assert not (tmp_path / "out" / "study.journal").exists()
+    again, _ = sweep(tmp_path / "out", sweep__max_runs=1, _storage=url)
+    assert again.spent_flops == first.spent_flops
+
+
+def test_a_broken_resolved_file_is_named_and_can_be_written_anew(tmp_path: Path) -> None:
+    sweep(tmp_path, sweep__max_runs=1)
+    path = tmp_path / "resolved.json"
+    path.write_text("")
+    for read in (lambda: open_status(str(tmp_path)), lambda: sweep(tmp_path, sweep__max_runs=1)):
+        with pytest.raises(StorageError, match=r"resolved\.json is not valid JSON.*delete it"):
+            read()
+    path.unlink()
+    sweep(tmp_path, sweep__max_runs=1)
+    assert open_status(str(tmp_path))["name"] == "toy"
+
+
 def test_resolved_keeps_versions_and_no_password(tmp_path: Path) -> None:
     sweep(tmp_path, sweep__max_runs=1)
     document = json.loads((tmp_path / "resolved.json").read_text())

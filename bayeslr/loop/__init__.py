@@ -68,7 +68,8 @@ def sweep(
     out
         Folder of the sweep; started again on the same folder it resumes.
     storage
-        Any Optuna storage URL; by default a journal file in ``out``.
+        Any Optuna storage URL; by default a journal file in ``out``. A sweep that was started with
+        one needs it again.
     seed, strategy
         Instead of the recipe's.
     retry
@@ -93,6 +94,9 @@ def sweep(
     out = Path(out)
     runner = find_runner(recipe)
     check_recipe(recipe, runner)
+    if storage is None:
+        # A new study would ask for all the runs again that the one elsewhere has paid for.
+        split_storage(str(out), out)
     with disk_errors(out), _locked(out, recipe.name):
         study: Study = find_entry_point("bayeslr.studies", "optuna")(
             storage, recipe.name, out, recipe
@@ -154,8 +158,7 @@ def work(
 def open_status(place: str, name: str | None = None) -> dict[str, Any]:
     """How a sweep stands. place: its folder, or a storage URL with the study's name."""
     url, folder = split_storage(place, Path())
-    if name is None and url is None and (folder / "resolved.json").exists():
-        resolved = json.loads((folder / "resolved.json").read_text(encoding="utf-8"))
+    if name is None and url is None and (resolved := _read_resolved(folder)) is not None:
         name = resolved["recipe"]["sweep"]["name"]
     study: Study = find_entry_point("bayeslr.studies", "optuna")(url, name or "", folder, None)
     try:
@@ -169,15 +172,28 @@ def split_storage(storage: str, out: Path) -> tuple[str | None, Path]:
     if "://" in storage:
         return storage, out
     folder = Path(storage)
-    resolved = folder / "resolved.json"
-    if resolved.exists():
-        url = json.loads(resolved.read_text(encoding="utf-8"))["storage"]
-        if url is not None:
-            raise StorageError(
-                f"the sweep in {folder} keeps its study in {url}: give that URL (with its "
-                "password) as the storage"
-            )
+    resolved = _read_resolved(folder)
+    if resolved is not None and (url := resolved["storage"]) is not None:
+        raise StorageError(
+            f"the sweep in {folder} keeps its study in {url}: give that URL (with its password) as "
+            "the storage"
+        )
     return None, folder
+
+
+def _read_resolved(folder: Path) -> dict[str, Any] | None:
+    """What a sweep was asked for, as its folder has it; None if it does not say."""
+    path = folder / "resolved.json"
+    if not path.exists():
+        return None
+    try:
+        document: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise StorageError(
+            f"{path} is not valid JSON ({error}); delete it, and repeat the command of the sweep "
+            "(with its --storage, if it had one), which writes it anew"
+        ) from error
+    return document
 
 
 def open_recipe(recipe: Recipe | str | Path) -> Recipe:
