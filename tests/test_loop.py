@@ -91,6 +91,16 @@ def test_the_first_runs_are_the_start_design(tmp_path: Path) -> None:
     assert list(finished_runs(tmp_path)) == [p.spec.run_id for p in start]
 
 
+@pytest.mark.parametrize("few", [{"sweep__max_runs": 2}, {"sweep__budget_flops": 1e12}])
+def test_the_first_runs_that_are_shown_are_those_that_are_made(
+    few: dict[str, Any], tmp_path: Path
+) -> None:
+    shown = [run["run_id"] for run in describe(parse_recipe(toy_recipe(**few)))["start"]]
+    sweep(tmp_path, **few)
+    assert shown == list(finished_runs(tmp_path))[: len(shown)]
+    assert len(shown) < 6
+
+
 def test_max_runs_stops(tmp_path: Path) -> None:
     result, _ = sweep(tmp_path, sweep__max_runs=7)
     assert (result.stop.kind, len(finished_runs(tmp_path))) == ("max_runs", 7)

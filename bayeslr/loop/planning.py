@@ -34,10 +34,19 @@ FAILED_STATES = ("failed", "lost")
 
 
 def first_runs(recipe: Recipe, runner: Runner) -> list[Candidate]:
-    """The runs that a sweep begins with. The classical design starts by itself."""
+    """The runs that a sweep begins with, as far as its budget and ``max_runs`` go. The classical
+    design starts by itself.
+    """
     if recipe.strategy == "classical":
-        return design_step(recipe, runner, (), recipe.budget_flops)
-    return start_design(recipe, runner)
+        start = design_step(recipe, runner, (), recipe.budget_flops)
+    else:
+        start = start_design(recipe, runner)
+    left, paid = recipe.budget_flops, []
+    for priced in start[: recipe.max_runs]:
+        if priced.flops <= left:
+            left -= priced.flops
+            paid.append(priced)
+    return paid
 
 
 def design_step(
