@@ -58,9 +58,6 @@ _MAX_EXCESS = 0.3
 # Excesses in nats at which the end of a run is priced, and where to look for their LRs in ln LR.
 _EXCESSES, _FARTHEST = (0.005, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.5), 20.0
 
-# Least chance to end that is reckoned with, where noise is divided by it.
-_LEAST_ENDS = 1e-9
-
 # Floors beyond this central part of their draws, or so many nats from their median, count as its
 # ends: farther off, a floor is unknown and that is all.
 _CENTRAL, _FAR = (0.005, 0.995), 3.0
@@ -270,12 +267,16 @@ class _Beliefs:
         # To whichever horizon a run goes: it has diverged if it does so anywhere on its way.
         self.p_diverge = lost.mean(axis=0)[first[1:] - 1]
         finished = np.minimum(excess, _MAX_EXCESS)
+        # Whether a run diverges is chance even where a draw is true: its mean and its variance
+        # stand for it, for with a coin a draw the falls would hang on a few of them.
+        margin = _MAX_EXCESS - finished
+        by_chance = (lost * (1.0 - lost) * margin**2).mean(axis=0)
         # Draws far out in the tails (batches far from the best, exponents of a normal
         # approximation) would make up all of a covariance. What the runs of a slice share is
         # clipped before what tells them apart is added.
         low, middle, high = np.quantile(at.floor, [_CENTRAL[0], 0.5, _CENTRAL[1]], axis=0)
         floor = np.clip(at.floor, np.maximum(low, middle - _FAR), np.minimum(high, middle + _FAR))
-        self.loss = floor[:, column] + finished
+        self.loss = floor[:, column] + finished + lost * margin
         self.loss -= of_reference[:, candidate_of]
         observed_at = [extra[i - len(targets)] for i in column]
         self.noise_variance = _noise_variance(posterior, u, finished, observed_at)
@@ -289,11 +290,7 @@ class _Beliefs:
         self._of_trunk, self._own = of_trunk, own
         self._beside = off_best, of_reference
         self.expected_excess = finished.mean(axis=0)[first[1:] - 1]
-        # A run tells of the valley if it ends: as noise that takes that share of it away. A loss
-        # put in its place would drown the run in its variance, however unlikely it is to diverge.
-        ends = np.maximum(1.0 - lost.mean(axis=0), _LEAST_ENDS)
-        untold = (1.0 - ends) * finished.var(axis=0)
-        self.noise_variance = (self.noise_variance * own**2 + untold) / ends
+        self.noise_variance = self.noise_variance * own**2 + by_chance
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         last = np.array([mine[-1] for mine in cell_of])
         of_last = at.log_lr[:, len(targets) + last] - shift
