@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import numpy as np
@@ -126,6 +127,25 @@ def test_the_search_ends_near_a_mode_where_runs_are_few() -> None:
     value, _ = compiled.value_and_grad(mode, tuple(arrays.values()))
     assert value < 0
     assert np.linalg.eigvalsh(hessian)[0] > -10
+
+
+def test_the_search_learns_how_far_off_runs_scatter() -> None:
+    """By over half of their excess here, which the card holds for improbable."""
+    card = load_prior("moe-default")
+    entry = dataclasses.replace(card["noise_share"], location=0.6, scale=0.01)
+    noisy = dataclasses.replace(card, parameters={**card.parameters, "noise_share": entry})
+    layout = [
+        PlannedSlice(family="f", n_active=n, n_total=8 * n, tokens=tokens, batch_tokens=2**17,
+                     num_lrs=8)
+        for n in (3e7, 1.2e8, 4.8e8) for tokens in (2e9, 8e9)
+    ]  # fmt: skip
+    made = simulate(noisy, layout, np.random.default_rng(1))
+    arrays = valley.model_data(build_design(made.runs), None)
+    compiled = compiled_model(arrays, card, 1)
+    mode, _ = find_mode(compiled, arrays, card)
+    found = compiled.draws(mode[None, None], tuple(arrays.values()))
+    assert 0.3 < float(found["noise_share"][0, 0]) < 1.2
+    assert np.abs(found["lr_opt"][0, 0] - made.truth["lr_opt"]).max() < 0.3
 
 
 def test_the_search_comes_back_from_where_the_density_overflows() -> None:
