@@ -345,9 +345,27 @@ def test_log_density_equals_an_independent_computation(
         x = random_point(compiled, np.random.default_rng(seed))
         expected = log_density(named(compiled, x), arrays, card)
         assert float(compiled.log_density(x, data)) == pytest.approx(expected, rel=1e-9)
+    one_batch = {**arrays, "family_batch_spread": 0.0 * arrays["family_batch_spread"]}
+    expected_there = log_density(named(compiled, x), one_batch, card)
+    found = float(compiled.log_density(x, tuple(one_batch.values())))
+    assert found == pytest.approx(expected_there, rel=1e-9)
+    assert found != pytest.approx(expected, rel=1e-9)
     # The twin: one family's label swapped is another density.
     wrong = {**arrays, "shape_family": 1 - arrays["shape_family"]}
     assert log_density(named(compiled, x), wrong, card) != pytest.approx(expected, rel=1e-6)
+
+
+def test_runs_at_one_batch_but_for_rounding_tell_nothing_of_a_penalty() -> None:
+    batches = (524_288.0, 524_300.0, 524_288.0)
+    rows = [
+        run_record(f"{i}", n, 2e9, batch, 1e-3, 3.0 + i / 10)
+        for i, (n, batch) in enumerate(zip((1e8, 2e8, 4e8), batches, strict=True))
+    ]
+    spread = valley.model_data(build_design(make_table(rows)))["family_batch_spread"]
+    assert spread.tolist() == [0.0]
+    rows.append(run_record("twice", 1e8, 2e9, 1_048_576.0, 1e-3, 3.0))
+    spread = valley.model_data(build_design(make_table(rows)))["family_batch_spread"]
+    assert spread == pytest.approx(np.std(np.log([1, 1, 1, 2])), abs=1e-3)
 
 
 def test_a_point_centred_otherwise_is_the_same_point(

@@ -133,9 +133,7 @@ def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays
         "shape_has_floor": ~shape_alone * cells_in_shape / (cells_in_shape + 1.0),
         "family_has_slope": _slope_centring(design),
         **{f"family_{name}": own[name] for name in ("log_n_active", "log_tokens", "log_batch")},
-        "family_batch_spread": _spread(
-            design.log_batch, design.family_of_slice, len(design.families)
-        ),
+        "family_batch_spread": _batch_spread(design),
         "centre": np.array([mid[name] for name in REGRESSORS]),
         **{f"cell_{name}": values for name, values in cells.items()},
     }
@@ -159,11 +157,15 @@ def _only(
     return {f"{level}_alone": alone.astype(float), f"{level}_{member}": first}
 
 
-def _spread(
-    values: NDArray[np.float64], group: NDArray[np.int64], num_groups: int
-) -> NDArray[np.float64]:
-    """Standard deviation of each group's values, (group,)."""
-    return np.array([np.std(values[group == g]) for g in range(num_groups)])
+# Spread of ln batch below which runs tell nothing of a penalty: as at one batch.
+_ALIKE = 0.1
+
+
+def _batch_spread(design: Design) -> NDArray[np.float64]:
+    """Standard deviation of ln batch over each family's slices, (family,); zero at one batch."""
+    groups = [design.log_batch[design.family_of_slice == g] for g in range(len(design.families))]
+    spread = np.array([np.std(values) for values in groups])
+    return np.where(spread < _ALIKE, 0.0, spread)
 
 
 # A regression's scatter between groups, and the spread of exponents between families or shapes.
