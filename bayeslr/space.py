@@ -166,11 +166,7 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
             continue
         spec = trial.spec
         key = line_of(spec)
-        # A run that broke or blew up would do so again further on: same seed, same steps, unless
-        # each horizon has its own LR. One that was stopped early told enough.
-        longer = trial.state not in _NOT_LONGER or _depends_on_horizon(runner, spec)
-        reached = spec.decay_at if longer else recipe.space.tokens
-        measured.setdefault(key, set()).update(reached)
+        measured.setdefault(key, set()).update(_closed(trial, recipe, runner))
         same_seed = spec.seed == recipe.run.get("seed", 0)
         if trial.state == "ok" and same_seed and isinstance(runner, ContinuingRunner):
             trunks[key] = max(trunks.get(key, trial), trial, key=lambda t: t.trunk_tokens or 0)
@@ -195,6 +191,21 @@ def candidates(recipe: Recipe, runner: Runner, trials: Iterable[Trial] = ()) -> 
                 spec = _continued(spec, trunks[line])
             priced.append(_priced(runner, spec, branches=branches))
     return priced
+
+
+def _closed(trial: Trial, recipe: Recipe, runner: Runner) -> Sequence[int]:
+    """Horizons at which a trial's line needs no other run.
+
+    A run that broke or blew up would do so again further on: same seed, same steps, unless each
+    horizon has its own LR. One that was stopped early told enough. Without a trunk in common a
+    shorter run decays sooner, and may end well where a longer one blew up or was stopped.
+    """
+    spec, horizons = trial.spec, recipe.space.tokens
+    if trial.state not in _NOT_LONGER or _depends_on_horizon(runner, spec):
+        return spec.decay_at
+    if trial.state == "failed" or shares_trunk(runner, spec):
+        return horizons
+    return [tokens for tokens in horizons if tokens >= spec.tokens]
 
 
 def _continued(spec: RunSpec, earlier: Trial) -> RunSpec:

@@ -71,6 +71,21 @@ def test_a_line_that_blew_up_is_not_trained_further(state: str) -> None:
     assert not [p for p in left if line_of(p.spec) == line_of(short)]
 
 
+@pytest.mark.parametrize(
+    ("state", "left"), [("diverged", [(200_000,)]), ("pruned", [(200_000,)]), ("failed", [])]
+)
+def test_without_wsd_a_shorter_run_may_end_well_where_a_longer_one_did_not(
+    state: str, left: list[tuple[int, ...]]
+) -> None:
+    recipe, runner = opened(run__schedule="cosine")
+    pool = [p.spec for p in candidates(recipe, runner)]
+    long = next(spec for spec in pool if spec.tokens == 400_000)
+    short = next(spec for spec in pool if line_of(spec) == line_of(long) and spec != long)
+    for blown, expected in ((long, left), (short, [])):
+        pool_left = candidates(recipe, runner, [trial(blown, state)])
+        assert [p.spec.decay_at for p in pool_left if line_of(p.spec) == line_of(long)] == expected
+
+
 class HorizonRunner(CommandRunner):
     """Each horizon has an LR of its own from the start on."""
 
