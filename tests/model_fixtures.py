@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from functools import lru_cache
@@ -119,3 +120,9 @@ def fit_again(table: RunTable, card: Prior) -> Callable[[int], Posterior]:
 def posterior(fit_again: Callable[[int], Posterior]) -> Posterior:
     """The fitted posterior that tests share."""
     return fit_again(1)
+
+
+def never_diverging(posterior: Posterior) -> Posterior:
+    """The same with the edge far above every LR."""
+    far = posterior.draws["log_edge_offset"] + 9.0
+    return dataclasses.replace(posterior, draws=posterior.draws.assign(log_edge_offset=far))

@@ -20,7 +20,15 @@ from bayeslr.runs import make_table
 from bayeslr.space import Candidate, candidates
 from bayeslr.specs import RunSpec, Target, parse_recipe
 from tests.fakes import toy_recipe
-from tests.model_fixtures import BATCHES, SIZES, SPARSITY, TOKENS, target, true_log_lr
+from tests.model_fixtures import (
+    BATCHES,
+    SIZES,
+    SPARSITY,
+    TOKENS,
+    never_diverging,
+    target,
+    true_log_lr,
+)
 
 
 def candidate(run_id: str, n: float = 5e8, d: float = 1.6e10, b: float = 524_288.0,
@@ -41,11 +49,6 @@ def known(run_id: str, u: float = 0.0, **more: Any) -> Candidate:
 
 # A thousand times the compute of the largest made-up run and more: many proxies pay there.
 GOAL = [target(n_active=6e9, n_total=4.8e10, tokens=1.2e12, batch_tokens=4_194_304.0)]
-
-
-def never_diverging(posterior: Posterior) -> Posterior:
-    far = posterior.draws["log_edge_offset"] + 9.0
-    return dataclasses.replace(posterior, draws=posterior.draws.assign(log_edge_offset=far))
 
 
 def ids(proposals: list[Proposal] | tuple[Proposal, ...]) -> list[str]:

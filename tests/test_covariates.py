@@ -46,6 +46,7 @@ from tests.model_fixtures import (
     SPARSITY,
     TOKENS,
     made_up_runs,
+    never_diverging,
     run_record,
     target,
     true_log_lr,
@@ -323,10 +324,9 @@ def offered(u: float, **multipliers: float) -> Candidate:
 def test_what_is_not_known_of_a_multiplier_is_worth_a_run(posterior: Posterior) -> None:
     goals = [target()]
     known = [offered(0.0), offered(0.7)]
-    plain = acquire._Beliefs(posterior, known, goals, np.ones(1), seed=1)
-    tried = acquire._Beliefs(
-        posterior, [*known, offered(0.0, router=4.0)], goals, np.ones(1), seed=1
-    )
+    calm = never_diverging(posterior)
+    plain = acquire._Beliefs(calm, known, goals, np.ones(1), seed=1)
+    tried = acquire._Beliefs(calm, [*known, offered(0.0, router=4.0)], goals, np.ones(1), seed=1)
     assert plain.goal.shape[1] == 1
     assert tried.goal.shape[1] == 2
     # More is to be known of the target, and the run at the other multiplier tells it.
