@@ -30,13 +30,19 @@ def linex(u: Any, skew: Any, xp: Any = np) -> Any:
     2 linex(u, r) is u^2 as r goes to zero; its third derivative at zero is ``skew``. The loss of
     Varian (1975), used here as the shape of a floor over batch: steps run out above the best one.
     """
-    x = xp.minimum(skew * u, _MAX_EXPONENT) if xp is np else xp.clip(skew * u, -1e6, _MAX_EXPONENT)
+    x = _exponent(u, skew, xp)
     return (xp.expm1(x) - x) / skew**2
+
+
+def _exponent(u: Any, skew: Any, xp: Any) -> Any:
+    """The product of both, within what can be exponentiated."""
+    x = skew * u
+    return xp.minimum(x, _MAX_EXPONENT) if xp is np else xp.clip(x, -1e6, _MAX_EXPONENT)
 
 
 def linex_derivatives(u: Any, skew: Any, xp: Any = np) -> tuple[Any, Any]:
     """First and second derivative of `linex` in u."""
-    x = xp.minimum(skew * u, _MAX_EXPONENT) if xp is np else xp.clip(skew * u, -1e6, _MAX_EXPONENT)
+    x = _exponent(u, skew, xp)
     return xp.expm1(x) / skew, xp.exp(x)
 
 

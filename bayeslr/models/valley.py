@@ -298,40 +298,32 @@ def _loss_law(prior: Prior, centre: Mapping[str, Any], num_families: int,
     }
 
 
-def _noise_sd(prior: Prior, own: Any, has_loss: Any, num_families: int) -> Any:
-    """``noise_sd`` (family,), sampled as what the data tell: the noise of a typical row's own.
+def _told(name: str, told_as: str, of_unit: Any, prior: Prior, num_families: int) -> Any:
+    """A positive parameter (family,), sampled as what the data tell.
 
-    own: share of each row's noise that is its own (run,). A shift of logs: the Jacobian is one.
+    That is its log plus ``of_unit``, by the name ``told_as``. A shift: the Jacobian is one.
     """
-    entry = prior["noise_sd"]
-    log_noise = pm.Flat("log_noise", shape=num_families, initval=np.full(
+    entry = prior[name]
+    log_told = pm.Flat(told_as, shape=num_families, initval=np.full(
         num_families, np.log(entry.location)
     ))  # fmt: skip
-    log_sd = log_noise - (has_loss * pt.log(own)).sum() / has_loss.sum()
+    log_value = log_told - of_unit
     of = pm.Normal.dist(np.log(entry.location), entry.scale)
-    pm.Potential("noise_sd_prior", pm.logp(of, log_sd).sum())
-    return pm.Deterministic("noise_sd", pt.exp(log_sd))
+    pm.Potential(f"{name}_prior", pm.logp(of, log_value).sum())
+    return pm.Deterministic(name, pt.exp(log_value))
 
 
-def _penalty_scale(prior: Prior, zero: Any, skew: Any, spread: Any, num_families: int) -> Any:
-    """``penalty_scale`` (family,), sampled as what the data tell: how steep the penalty is over the
-    family's batches, in the quadratic mean.
+def _log_steepness(zero: Any, skew: Any, spread: Any) -> Any:
+    """Ln of how steep a penalty of scale one is over a family's batches, in the quadratic mean.
 
     zero: ln of the mean batch over the best one; spread: standard deviation of ln batch, (family,)
     each. Runs at two batches tell their floors' difference, which a steep penalty near its bottom
-    and a flat one far from it make alike. Runs at one batch tell nothing, and there the penalty is
-    sampled as itself. A shift of logs: the Jacobian is one.
+    and a flat one far from it make alike. Runs at one batch tell nothing: zero there.
     """
-    entry = prior["penalty_scale"]
-    log_steepness = pm.Flat("log_steepness", shape=num_families, initval=np.full(
-        num_families, np.log(entry.location)
-    ))  # fmt: skip
     slope, bend = laws.linex_derivatives(zero, skew, pt)
-    of_unit = 0.5 * pt.log(slope**2 + pt.where(spread > 0, spread * bend, 1.0) ** 2)
-    log_scale = log_steepness - pt.where(spread > 0, of_unit, 0.0)
-    of = pm.Normal.dist(np.log(entry.location), entry.scale)
-    pm.Potential("penalty_scale_prior", pm.logp(of, log_scale).sum())
-    return pm.Deterministic("penalty_scale", pt.exp(log_scale))
+    # The inner choice keeps the gradient a number where the outer one drops the logarithm.
+    squares = slope**2 + pt.where(spread > 0, spread * bend, 1.0) ** 2
+    return pt.where(spread > 0, 0.5 * pt.log(squares), 0.0)
 
 
 def _covariates(prior: Prior, log_curvature: Any, size: tuple[int, int]) -> dict[str, Any]:
@@ -394,7 +386,9 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
         of_trunk, of_order, own = laws.noise_shares(
             data["run_in_trunk"], data["run_in_order"], p, pt
         )
-        p["noise_sd"] = _noise_sd(prior, own, data["run_has_loss"], num_families)
+        # Of a typical row, what is its own.
+        own_share = (data["run_has_loss"] * pt.log(own)).sum() / data["run_has_loss"].sum()
+        p["noise_sd"] = _told("noise_sd", "log_noise", own_share, prior, num_families)
 
         # Population to family. Levels are stated at the centre of the data, so that they do not
         # trade off against the exponents; the card's intercept is carried there by the exponents.
@@ -432,9 +426,8 @@ def build(arrays: Arrays, prior: Prior, num_families: int) -> pm.Model:
 
         # The level is sampled as ln LR* at the mean batch; its prior speaks of the best batch.
         zero_g = data["family_log_batch"] - best_batch_level
-        p["penalty_scale"] = _penalty_scale(
-            prior, zero_g, p["penalty_skew"], data["family_batch_spread"], num_families
-        )
+        steepness = _log_steepness(zero_g, p["penalty_skew"], data["family_batch_spread"])
+        p["penalty_scale"] = _told("penalty_scale", "log_steepness", steepness, prior, num_families)
         lr_anchor = pm.Flat("lr_anchor", shape=num_families)
         lr_level = pm.Deterministic(
             "lr_level",
