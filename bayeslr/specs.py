@@ -178,6 +178,19 @@ class Target:
         return train_flops(self.n_active, self.tokens)
 
 
+def too_few(n_active: Any, tokens: Any, batch_tokens: Any) -> dict[str, Any]:
+    """Whether a count is too small beside the others to be one of units, by name; arrays as well.
+
+    Real proxies can have 10,000 parameters and 100,000 tokens, so no count is small by itself.
+    """
+    large, many_steps = n_active >= 1e7, tokens > 1e7 * batch_tokens
+    return {
+        "n_active": (n_active < 1e3) | (tokens > 1e6 * n_active),
+        "tokens": (tokens < 1e-3 * n_active) | (large & (tokens < 1e6)),
+        "batch_tokens": large & ((batch_tokens < 512) | (many_steps & (batch_tokens < 16384))),
+    }
+
+
 def require_plausible_counts(target: Target) -> None:
     """Refuse counts of a target that a run table would doubt: in billions, or in sequences.
 
@@ -190,19 +203,19 @@ def require_plausible_counts(target: Target) -> None:
             f"{getattr(target, name):.6g}; was a factor of 1e9 applied twice?",
         )
     n_active, tokens, batch = target.n_active, target.tokens, target.batch_tokens
-    where, large = f"target {target.target_id}:", n_active >= 1e7
+    where, few = f"target {target.target_id}:", too_few(n_active, tokens, batch)
     _require(
-        n_active >= 1e3 and tokens <= 1e6 * n_active,
+        not few["n_active"],
         f"{where} n_active counts parameters, and {n_active:.6g} are too few for {tokens:.6g} "
         "tokens; did you mean millions or billions? Give 1.3B, not 1.3",
     )
     _require(
-        tokens >= 1e-3 * n_active and (tokens >= 1e6 or not large),
+        not few["tokens"],
         f"{where} tokens counts tokens, and {tokens:.6g} are too few for {n_active:.6g} "
         "parameters; did you mean billions? Give 500B, not 500",
     )
     _require(
-        batch >= (16384 if tokens > 1e7 * batch else 512) or not large,
+        not few["batch_tokens"],
         f"{where} batch_tokens counts tokens a step, and {batch:.6g} are too few for "
         f"{n_active:.6g} parameters; did you mean sequences? Multiply them by seq_len",
     )

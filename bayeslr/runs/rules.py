@@ -11,7 +11,7 @@ import pandas as pd
 from bayeslr.errors import DataError
 from bayeslr.runs.cells import Floats, Mask, Rejects, TypedRows, numbers
 from bayeslr.runs.columns import COLUMNS, REQUIRED_NAMES, RUN_KEYS, Column
-from bayeslr.specs import MAX_COUNT
+from bayeslr.specs import MAX_COUNT, too_few
 from bayeslr.units import counted
 
 # 1.2 ln(vocabulary) for a vocabulary of 118,000: a higher loss is worse than guessing.
@@ -255,29 +255,26 @@ def _check_lr(frame: pd.DataFrame, rejects: Rejects) -> None:
 
 
 def _check_units(frame: pd.DataFrame, rejects: Rejects) -> None:
-    """Counts in thousands, millions or billions, judged against each other.
-
-    Real proxies can have 10,000 parameters and 100,000 tokens, so no count is small by itself.
-    """
+    """Counts in thousands, millions or billions, judged against each other."""
     n_active, batch = _floats(frame, "n_active", "batch_tokens")
-    horizon = _horizon(frame)
+    few = too_few(n_active, _horizon(frame), batch)
     doubted = ~_folded(frame, "source").str.startswith(TRUSTED_SOURCE).to_numpy()
     # A run that stopped early has seen few tokens, which only planned_tokens would explain.
     whole = _status_is(frame, "ok") | frame["planned_tokens"].notna().to_numpy()
     rejects.add(
-        (((horizon < 1e6) & (n_active >= 1e7)) | (horizon < 1e-3 * n_active)) & whole & doubted,
+        few["tokens"] & whole & doubted,
         "tokens",
         "tokens counts tokens, and these are too few for the model",
         "did you mean billions? Give 4000000000, not 4",
     )
     rejects.add(
-        ((n_active < 1e3) | (horizon > 1e6 * n_active)) & doubted,
+        few["n_active"] & doubted,
         "n_active",
         "n_active counts parameters, and these are too few for the tokens",
         "did you mean millions or billions? Give 1300000000, not 1.3",
     )
     rejects.add(
-        (n_active >= 1e7) & (batch < np.where(horizon > 1e7 * batch, 16384, 512)) & doubted,
+        few["batch_tokens"] & doubted,
         "batch_tokens",
         "batch_tokens counts tokens a step, and these are too few for the model",
         "did you mean sequences? Multiply them by seq_len",
