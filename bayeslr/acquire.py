@@ -254,6 +254,7 @@ class _Beliefs:
         # Observations: every decay branch of every candidate, candidate by candidate.
         num_branches = np.array([len(mine) for mine in cell_of])
         first = np.concatenate([[0], np.cumsum(num_branches)])
+        longest = first[1:] - 1
         column = np.concatenate([np.asarray(mine) for mine in cell_of]) + len(targets)
         log_lr = np.log([candidate.spec.lr for candidate in candidates])
         candidate_of = np.repeat(np.arange(len(candidates)), num_branches)
@@ -265,7 +266,7 @@ class _Beliefs:
         logit = (tried - at.log_edge[:, column]) / at.edge_width
         lost = laws.logistic(logit)
         # To whichever horizon a run goes: it has diverged if it does so anywhere on its way.
-        self.p_diverge = lost.mean(axis=0)[first[1:] - 1]
+        self.p_diverge = lost.mean(axis=0)[longest]
         finished = np.minimum(excess, _MAX_EXCESS)
         # Whether a run diverges is chance even where a draw is true: its mean and its variance
         # stand for it, for with a coin a draw the falls would hang on a few of them.
@@ -289,7 +290,7 @@ class _Beliefs:
         self._posterior, self._column, self._cells, self._floor = posterior, column, extra, floor
         self._of_trunk, self._own = of_trunk, own
         self._beside = off_best, of_reference
-        self.expected_excess = finished.mean(axis=0)[first[1:] - 1]
+        self.expected_excess = finished.mean(axis=0)[longest]
         self.noise_variance = self.noise_variance * own**2 + by_chance
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
         last = np.array([mine[-1] for mine in cell_of])

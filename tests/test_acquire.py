@@ -142,7 +142,8 @@ def test_an_end_is_worth_what_a_run_of_its_excess_is(posterior: Posterior) -> No
     across = [candidate(f"at {u}", u=u) for u in np.linspace(-5.0, 5.0, 41)]
     beliefs = _Beliefs(calm, across, GOAL, np.ones(1), seed=1)
     at = acquire._EXCESSES.index(0.1)
-    each = [beliefs.falls()[beliefs.members.index((i,)), 0] for i in range(len(across))]
+    falls = beliefs.falls()[:, 0]
+    each = [falls[beliefs.members.index((i,))] for i in range(len(across))]
     most = max(fall for fall, i in zip(each, beliefs.expected_excess, strict=True) if i >= 0.1)
     assert beliefs.ends(0, ())[at, 0] == pytest.approx(most, rel=0.1)
 

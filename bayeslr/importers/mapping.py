@@ -29,7 +29,9 @@ from bayeslr.units import parse_quantity
 # Columns that rules look at without their being part of the run table.
 KNOWN_EXTRAS = ("vocab_size",)
 _COLUMNS = {column.name: column for column in COLUMNS}
-_KINDS = {column.name: column.kind for column in COLUMNS} | dict.fromkeys(KNOWN_EXTRAS, "number")
+_KINDS = {name: column.kind for name, column in _COLUMNS.items()} | dict.fromkeys(
+    KNOWN_EXTRAS, "number"
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

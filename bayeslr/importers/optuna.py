@@ -93,10 +93,9 @@ def read(
         given["created_at"] = rows.frame["datetime_start"]
     if "duration" in headers:
         spans = pd.to_timedelta(rows.frame["duration"], errors="coerce")
-        forward = spans >= pd.Timedelta(
-            0
-        )  # Optuna's times are local: clocks are put back once a year
-        given["wall_s"] = (spans / pd.Timedelta(seconds=1)).where(forward)
+        seconds = spans / pd.Timedelta(seconds=1)
+        # Optuna's times are local: clocks are put back once a year.
+        given["wall_s"] = seconds.where(seconds >= 0)
     table = finish(rows, made, given)
     return dataclasses.replace(table, warnings=(*table.warnings, *notes))
 

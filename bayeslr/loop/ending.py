@@ -177,11 +177,12 @@ def train_target(
 
     def plan(trials: Sequence[Trial], _: int) -> list[Due] | Stop:
         # After more runs another LR may be recommended: what was checked stands, the rest follows.
+        stand = [t for t in trials if t.number not in forgiven]
         tried = [t.spec.run_id for t in trials if t.number in forgiven]
         missing = [
             dataclasses.replace(run, nth=tried.count(run.spec.run_id) + 1)
             for run in runs
-            if not near_lr(run.spec.lr, [t for t in trials if t.number not in forgiven])
+            if not near_lr(run.spec.lr, stand)
         ]
         return missing or Stop(kind="done", reason="the target's runs have ended")
 
