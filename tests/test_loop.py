@@ -745,6 +745,17 @@ def test_a_sweep_whose_study_lies_elsewhere_is_not_begun_anew_beside_it(tmp_path
     assert again.spent_flops == first.spent_flops
 
 
+def test_a_sweep_with_a_journal_is_not_begun_anew_in_a_database(tmp_path: Path) -> None:
+    out, url = tmp_path / "out", f"sqlite:///{tmp_path / 'study.db'}"
+    first, _ = sweep(out, sweep__max_runs=1)
+    with pytest.raises(StorageError, match="keeps its study in that folder's journal: give no sto"):
+        sweep(out, sweep__max_runs=1, _storage=url)
+    assert not (tmp_path / "study.db").exists()
+    again, _ = sweep(out, sweep__max_runs=1)
+    assert again.spent_flops == first.spent_flops
+    sweep(out, sweep__max_runs=1, sweep__name="another", _storage=url)
+
+
 def test_a_broken_resolved_file_is_named_and_can_be_written_anew(tmp_path: Path) -> None:
     sweep(tmp_path, sweep__max_runs=1)
     path = tmp_path / "resolved.json"

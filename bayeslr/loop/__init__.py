@@ -80,7 +80,8 @@ def sweep(
     SpecError
         The recipe breaks a rule, or differs from the one that the sweep was started with.
     StorageError
-        Another process runs this sweep, the storage does not answer, or the disk is full.
+        Another process runs this sweep, its study is kept in another storage, the storage does
+        not answer, or the disk is full.
     DataError
         No run came to anything.
     """
@@ -94,9 +95,7 @@ def sweep(
     out = Path(out)
     runner = find_runner(recipe)
     check_recipe(recipe, runner)
-    if storage is None:
-        # A new study would ask for all the runs again that the one elsewhere has paid for.
-        split_storage(str(out), out)
+    _require_its_storage(out, recipe.name, storage)
     with disk_errors(out), _locked(out, recipe.name):
         study: Study = find_entry_point("bayeslr.studies", "optuna")(
             storage, recipe.name, out, recipe
@@ -179,6 +178,23 @@ def split_storage(storage: str, out: Path) -> tuple[str | None, Path]:
             "the storage"
         )
     return None, folder
+
+
+def _require_its_storage(out: Path, name: str, storage: str | None) -> None:
+    """Refuse to begin a study anew beside the one that the sweep in a folder has elsewhere: it
+    would ask for all the runs again that the other has paid for.
+    """
+    before = _read_resolved(out)
+    if before is None or before["recipe"]["sweep"]["name"] != name:
+        return
+    own = before["storage"]
+    if own != mask_password(storage):
+        place = own or "that folder's journal"
+        give = "give that URL (with its password) as the storage" if own else "give no storage"
+        raise StorageError(
+            f"the sweep in {out} keeps its study in {place}: {give}; if the study has moved since, "
+            f"delete {out / 'resolved.json'}"
+        )
 
 
 def _read_resolved(folder: Path) -> dict[str, Any] | None:
