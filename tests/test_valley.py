@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from scipy import stats
 from bayeslr import laws
 from bayeslr.features import build_design
 from bayeslr.models import simulate, valley
-from bayeslr.models.compiled import CompiledModel, compile_model
+from bayeslr.models.compiled import CompiledModel, compile_model, compiled_model
 from bayeslr.models.simulate import PlannedSlice
 from bayeslr.priors import PER_COVARIATE, Prior
 from bayeslr.runs import RunTable, concat, make_table
@@ -395,6 +396,18 @@ def test_every_parameter_of_the_card_is_in_the_model(compiled: CompiledModel, ca
     assert set(card.parameters) - names == through_others - {"covariate_n_active"}
     assert {"covariate_bend", "covariate_tie", "covariate_optimum_slope"} < names
     assert {"log_loss_level", "loss_ratio", "log_loss_slope", "log_noise", "log_steepness"} < names
+
+
+def test_cards_of_two_references_share_no_compilation(
+    arrays: valley.Arrays, card: Prior, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Levels are carried from a card's reference to the data inside the compiled graph."""
+    monkeypatch.setattr("bayeslr.models.compiled._COMPILED", {})
+    monkeypatch.setattr("bayeslr.models.compiled.compile_model", lambda *_: object())
+    elsewhere = dataclasses.replace(card, reference={**card.reference, "tokens": 1e9})
+    first = compiled_model(arrays, card, 2)
+    assert compiled_model(arrays, card, 2) is first
+    assert compiled_model(arrays, elsewhere, 2) is not first
 
 
 def test_regressors_are_centred_on_the_data(arrays: valley.Arrays) -> None:

@@ -141,7 +141,9 @@ _COMPILED: dict[tuple[Any, ...], CompiledModel] = {}
 def compiled_model(arrays: valley.Arrays, prior: Prior, num_families: int) -> CompiledModel:
     """The model of these arrays' sizes under a card, compiled once."""
     card = tuple((name, *dataclasses.astuple(entry)) for name, entry in prior.parameters.items())
-    key = (card, num_families, *(values.shape for values in arrays.values()))
+    # The scale at which a card states its levels is part of the graph as well.
+    reference = tuple(sorted(prior.reference.items()))
+    key = (card, reference, num_families, *(values.shape for values in arrays.values()))
     if key not in _COMPILED:
         if len(_COMPILED) > 16:
             _COMPILED.clear()
