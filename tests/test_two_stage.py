@@ -81,6 +81,16 @@ def test_slices_without_a_bracket_are_left_out() -> None:
     assert np.isnan(vertex).all()
 
 
+def test_two_lrs_in_three_roundings_make_no_parabola() -> None:
+    """Through 3.45e-4, 3.453e-4 and 6.9e-4 noise alone would bend it: here 3 nats, not 0.03."""
+    rounded = ((3.45e-4, 3.001), (3.453e-4, 2.999), (6.9e-4, 3.02))
+    rows = [run_record(f"{lr}", 1e8, 4e9, 2e5, lr, loss) for lr, loss in (*rounded, (1.38e-3, 3.1))]
+    assert np.isnan(vertices(build_design(make_table(rows[:3])))[0]).all()
+    vertex, curvature, _ = vertices(build_design(make_table(rows)))
+    assert np.isfinite(vertex).all()
+    assert 0.0 < float(curvature[0]) < 0.1
+
+
 def test_a_maximum_is_no_optimum() -> None:
     vertex, _, _ = vertices(parabolas(curvature=-0.03))
     assert np.isnan(vertex).all()

@@ -17,6 +17,7 @@ import numpy as np
 
 from bayeslr.errors import DataError
 from bayeslr.features import REGRESSORS
+from bayeslr.runs import lr_group
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,7 +54,8 @@ def vertices(design: Design) -> tuple[FloatArray, FloatArray, FloatArray]:
         x, y = design.log_lr[rows], design.loss[rows]
         x_best = x[np.argmin(y)]
         near = np.abs(x - x_best) <= WINDOW
-        if len(np.unique(x[near])) < 3:
+        # One LR in two roundings is one: a parabola through it has any curvature.
+        if lr_group(np.exp(x[near])).max() < 2:
             continue
         a, b, c = np.polyfit(x[near] - x_best, y[near], 2)
         shift = -b / (2 * a) if a > 0 else np.inf
