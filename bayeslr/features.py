@@ -13,7 +13,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from bayeslr.errors import DataError
-from bayeslr.runs import SHAPE_KEYS, common_horizon, covariates_within, last_word
+from bayeslr.runs import (
+    SHAPE_KEYS,
+    common_horizon,
+    covariate_values,
+    covariates_within,
+    last_word,
+)
 from bayeslr.specs import COVARIATES
 
 if TYPE_CHECKING:
@@ -170,11 +176,14 @@ def _shared(frame: pd.DataFrame, slice_of_run: IntArray) -> tuple[IntArray, IntA
     """``trunk_of_run`` and ``order_of_run`` of a `Design`.
 
     Under WSD, runs of one shape, batch, LR, seed and covariates have one trunk, whatever their
-    run_id.
-    A slice whose runs all have seeds of their own, or all the same, has no orders to tell apart.
+    run_id. A slice whose runs all have seeds of their own, or all the same, has no orders to tell
+    apart.
     """
     stable = (frame["schedule"] == "wsd") & frame["seed"].notna()
-    line, _ = _codes(frame, [*_SHAPE_KEY, "batch_tokens", "lr", "seed", *COVARIATES])
+    tried = {name: covariate_values(frame, name) for name in COVARIATES}
+    line, _ = _codes(
+        frame.assign(**tried), [*_SHAPE_KEY, "batch_tokens", "lr", "seed", *COVARIATES]
+    )
     trunks = frame[["family"]].assign(
         stable=stable, trunk=frame["run_id"].astype(str).where(~stable, line.astype(str))
     )

@@ -71,6 +71,11 @@ def test_decay_branches_and_data_orders_are_told_apart() -> None:
     wsd = [row(f"w{d}{s}", d=d, seed=s, schedule="wsd") for d in (1e9, 2e9) for s in (0, 1)]
     assert design_of(*wsd).trunk_of_run.tolist() == [0, 1, 0, 1]
     assert design_of(*(w | {"schedule": "cosine"} for w in wsd)).num_shared == 0
+    # An LR multiplier that is not stated is 1, and 2 is another trunk.
+    stated = [w | {"lr_multiplier_head": 1.0 if w["tokens"] == 2e9 else None} for w in wsd]
+    assert design_of(*stated).trunk_of_run.tolist() == [0, 1, 0, 1]
+    other = [w | {"lr_multiplier_head": 2.0 if w["tokens"] == 2e9 else None} for w in wsd]
+    assert design_of(*other).trunk_of_run.tolist() == [-1] * 4
     none = [-1] * 6
     assert design.trunk_of_run.tolist() == [0, 0, -1, 1, 1, *[-1] * 5, *none]
     assert design.order_of_run.tolist() == [-1] * 5 + [2, 2, 3, 3, -1, *none]
