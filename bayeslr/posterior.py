@@ -412,6 +412,8 @@ def load(path: str | Path) -> Posterior:
         if runs is not None and runs.data_hash != info["data_hash"]:
             raise StorageError(f"{path}: {RUNS_FILE} is not the table that was fitted; fit again")
         design = build_design(runs) if runs is not None else None
+        if design is not None and info["method"] == "bayes":
+            _require_same_groups(path, draws, design)
     except StorageError:
         raise
     except (BayeslrError, OSError, ValueError, KeyError, TypeError) as error:
@@ -419,6 +421,24 @@ def load(path: str | Path) -> Posterior:
             f"{path} is damaged ({type(error).__name__}: {error}); fit again from the runs"
         ) from error
     return Posterior(draws=draws, prior=prior, info=info, design=design, runs=runs)
+
+
+def _require_same_groups(path: Path, draws: xr.Dataset, design: Design) -> None:
+    """Refuse draws whose groups are not those of the runs' design: they would be read off askew.
+
+    Raises: StorageError.
+    """
+    now = {
+        "family": len(design.families), "shape": design.num_shapes, "cell": design.num_cells,
+        "slice": design.num_slices, "shared": design.num_shared,
+    }  # fmt: skip
+    for group, number in now.items():
+        fitted = draws.sizes.get(group, 0)
+        if fitted != number:
+            raise StorageError(
+                f"{path} was fitted by a release that groups these runs otherwise (dimension "
+                f"{group}: {fitted} then, {number} now); fit again from its {RUNS_FILE}"
+            )
 
 
 def _finite(value: Any) -> Any:

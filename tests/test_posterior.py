@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 from collections.abc import Callable
@@ -123,6 +124,15 @@ def test_another_schema_is_refused(saved: Path) -> None:
     info = json.loads((saved / FIT_FILE).read_text())
     (saved / FIT_FILE).write_text(json.dumps({**info, "schema_version": 99}))
     with pytest.raises(StorageError, match=r"schema version 99, this release reads 6; fit again"):
+        load(saved)
+
+
+def test_draws_of_other_groups_than_the_runs_have_are_refused(
+    saved: Path, posterior: Posterior
+) -> None:
+    """As a release leaves them that put the same runs into other slices."""
+    dataclasses.replace(posterior, draws=posterior.draws.isel(slice=slice(1, None))).save(saved)
+    with pytest.raises(StorageError, match=r"groups these runs otherwise.*slice: 7 then, 8 now"):
         load(saved)
 
 
