@@ -16,6 +16,8 @@ from bayeslr.features import build_design
 from bayeslr.models import simulate, valley
 from bayeslr.models.compiled import CompiledModel, compile_model, compiled_model
 from bayeslr.models.simulate import PlannedSlice
+from bayeslr.pointwise import log_likelihood
+from bayeslr.posterior import make_posterior
 from bayeslr.priors import PER_COVARIATE, Prior
 from bayeslr.runs import RunTable, concat, make_table
 from bayeslr.sampling import SCALES, _data_start, _recentred, configure_jax, held
@@ -354,6 +356,33 @@ def test_log_density_equals_an_independent_computation(
     # The twin: one family's label swapped is another density.
     wrong = {**arrays, "shape_family": 1 - arrays["shape_family"]}
     assert log_density(named(compiled, x), wrong, card) != pytest.approx(expected, rel=1e-6)
+
+
+def test_the_likelihood_run_by_run_is_the_models(
+    compiled: CompiledModel, arrays: valley.Arrays, card: Prior
+) -> None:
+    """Other losses and LRs move both alike: covariates, shared noise and unfinished runs too."""
+    rng = np.random.default_rng(3)
+    runs = two_families()
+    design = build_design(runs)
+    x = random_point(compiled, rng)
+    draws = compiled.draws(x[None, None], tuple(arrays.values()))
+    fitted = make_posterior(draws, design, runs, card, method="prior", seed=1, statistics={})
+
+    def told(log_lr: NDArray[np.float64], loss: NDArray[np.float64]) -> tuple[float, float]:
+        data = {**arrays, "run_log_lr": log_lr, "run_loss": loss}
+        moved = dataclasses.replace(design, log_lr=log_lr, loss=loss)
+        by_run = log_likelihood(dataclasses.replace(fitted, design=moved), np.array([0]))
+        return float(compiled.log_density(x, tuple(data.values()))), float(by_run[0])
+
+    lr, loss = arrays["run_log_lr"], arrays["run_loss"]
+    before = told(lr, loss)
+    for after in (
+        told(lr + 0.3 * rng.normal(size=len(lr)), loss),
+        told(lr, loss + 0.1 * rng.normal(size=len(lr))),
+    ):
+        assert after[0] != pytest.approx(before[0], abs=0.1)
+        assert after[1] - before[1] == pytest.approx(after[0] - before[0], rel=1e-9)
 
 
 def test_runs_at_one_batch_but_for_rounding_tell_nothing_of_a_penalty() -> None:
