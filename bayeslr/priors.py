@@ -310,8 +310,15 @@ def _parse(path: Path, seen: tuple[Path, ...]) -> Prior:
         raise SpecError(f"{where}: parameter {missing[0]!r} is missing ({PARAMETERS[missing[0]]})")
     reference = {**(base.reference if base else {}), **raw.get("reference", {})}
     for key in REFERENCE_KEYS:
-        if not _number(reference.get(key, 0.0), f"{where}, [reference]: {key}") > 0:
-            raise SpecError(f"{where}, [reference]: {key} must be > 0, got {reference.get(key)!r}")
+        if not 0 < _number(reference.get(key, 0.0), f"{where}, [reference]: {key}") < math.inf:
+            raise SpecError(
+                f"{where}, [reference]: {key} must be finite and > 0, got {reference.get(key)!r}"
+            )
+    if reference["n_active"] > reference["n_total"]:
+        raise SpecError(
+            f"{where}, [reference]: n_active ({reference['n_active']:g}) must not exceed n_total "
+            f"({reference['n_total']:g}); a card for dense models has both equal"
+        )
     return Prior(
         name=raw.get("name", path.stem),
         title=raw.get("title", ""),
