@@ -563,6 +563,31 @@ def test_one_token_count_and_one_batch_only() -> None:
     assert "one batch size only (131.1K tokens): the batch exponent is the prior's" in text
 
 
+def test_values_that_differ_by_rounding_alone_are_one() -> None:
+    """Token counts of whole batches, and widths that nearly keep a sparsity, tell no exponent."""
+    rows = [
+        run(run_id=f"r{n}{lr}", n_active=n, n_total=round(8.02 * n), lr=lr, batch_tokens=b,
+            tokens=math.ceil(5e9 / b) * b)
+        for n, b in ((1e8, 2**17), (2e8, 2**18), (4e8, 2**22)) for lr in (1e-3, 2e-3, 4e-3)
+    ]  # fmt: skip
+    rows.append(run(run_id="more", n_active=8e8, n_total=6.4e9, tokens=5e9, batch_tokens=2**17))
+    text = told(rows)
+    assert "one token count only (5B): the token exponent is the prior's" in text
+    assert "one sparsity only (n_active / n_total = 0.125)" in text
+    assert "token count and" not in text
+
+
+def test_more_experts_alone_tell_no_exponent_of_size() -> None:
+    rows = [row | {"n_active": 1e8, "n_total": 8 * row["n_active"]} for row in sweep()]
+    assert "one model size only (n_active 100M): the size exponent is the prior's" in told(rows)
+
+
+def test_pruned_runs_tell_what_they_tell_a_fit() -> None:
+    text = told([row | {"status": "pruned"} for row in sweep()])
+    assert "no run has a loss" not in text
+    assert text == told([row | {"status": "partial"} for row in sweep()])
+
+
 def test_size_and_tokens_move_together() -> None:
     rows = [
         run(run_id=f"r{i}{lr}", n_active=n, n_total=n, tokens=20 * n, lr=lr, batch_tokens=b)

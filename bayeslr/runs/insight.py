@@ -98,7 +98,7 @@ def identifiability(table: RunTable) -> list[str]:
 
 
 def _blind_spots(rows: pd.DataFrame) -> list[str]:
-    measured = rows[rows["status"].isin(["ok", "partial"]) & rows["loss"].notna()]
+    measured = rows[rows["status"].isin(["ok", "partial", "pruned"]) & rows["loss"].notna()]
     if measured.empty:
         if (rows["status"] == "diverged").any():
             return [
@@ -117,32 +117,42 @@ def _blind_spots(rows: pd.DataFrame) -> list[str]:
     return told
 
 
+# Range in natural logs within which values of a regressor count as one: token counts are rounded to
+# whole batches, parameters to whole widths, and no exponent can be told from what that leaves.
+_ONE = 0.1
+
+
+def _is_one(values: pd.Series[float]) -> bool:
+    """Whether values of a regressor are one but for rounding."""
+    return float(np.log(values.max() / values.min())) < _ONE
+
+
 def _scale_blind_spots(cells: pd.DataFrame) -> list[str]:
     """What the slices (one row each) cannot tell of the exponents, and what to run about it."""
     told = []
-    num_values = {c: cells[c].nunique() for c in ("n_active", "n_total", "tokens", "batch_tokens")}
-    if num_values["n_active"] == 1 and num_values["n_total"] == 1:
+    if _is_one(cells["n_active"]):
         told.append(
             f"one model size only (n_active {format_quantity(cells['n_active'].iloc[0])}): the "
             "size exponent is the prior's" + _advice(cells, ["n_active"])
         )
-    if num_values["tokens"] == 1:
+    if _is_one(cells["tokens"]):
         told.append(
             f"one token count only ({format_quantity(cells['tokens'].iloc[0])}): the token "
             "exponent is the prior's" + _advice(cells, ["tokens"])
         )
-    if num_values["batch_tokens"] == 1:
+    if _is_one(cells["batch_tokens"]):
         told.append(
             f"one batch size only ({format_quantity(cells['batch_tokens'].iloc[0])} tokens): the "
             "batch exponent is the prior's" + _advice(cells, ["batch_tokens"])
         )
-    sparsity = (cells["n_active"] / cells["n_total"]).round(6)
-    if (sparsity < 1).any() and sparsity.nunique() == 1:
+    cells = cells.assign(sparsity=cells["n_active"] / cells["n_total"])
+    sparsity = cells["sparsity"]
+    if (sparsity < 1).any() and _is_one(sparsity):
         told.append(
             f"one sparsity only (n_active / n_total = {sparsity.iloc[0]:.3g}): the sparsity "
             "exponent is the prior's" + _advice(cells, ["sparsity"])
         )
-    return told + _moving_together(cells.assign(sparsity=cells["n_active"] / cells["n_total"]))
+    return told + _moving_together(cells)
 
 
 _WORDS = {
@@ -156,12 +166,12 @@ _TOGETHER = 0.98
 
 def _moving_together(cells: pd.DataFrame) -> list[str]:
     """Regressors whose exponents cannot be told apart: pairs first, then one with all others."""
-    logs = np.log(cells[list(_WORDS)].to_numpy(dtype=np.float64))
+    names, told = list(_WORDS), []
+    logs = np.log(cells[names].to_numpy(dtype=np.float64))
     logs = logs - logs.mean(axis=0)
-    varied = [j for j in range(logs.shape[1]) if logs[:, j].std() > 1e-6]
+    varied = [j for j, name in enumerate(names) if not _is_one(cells[name])]
     if len(logs) < 3:
         return []
-    names, told = list(_WORDS), []
     for i, j in itertools.combinations(varied, 2):
         correlation = float(np.corrcoef(logs[:, i], logs[:, j])[0, 1])
         if abs(correlation) > _TOGETHER:
