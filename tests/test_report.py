@@ -332,7 +332,7 @@ def test_the_checks_stand_beside_the_verdict(html: str, posterior: Posterior) ->
         return first["mark"], first["good"]
 
     assert mark("held") == ("Held its largest cells", True)
-    assert mark("partly") == ("Held some largest cells", None)
+    assert mark("partly") == ("Hardly held its largest cells", None)
     assert mark("missed") == ("Missed its largest cells", False)
     unknown = checks.marks({**posterior.info, "holdout": None})[0]
     assert (unknown["mark"], unknown["good"]) == ("Not held out", None)

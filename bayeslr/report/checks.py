@@ -18,7 +18,7 @@ MAX_LINES = 12  # Draws whose transforms are drawn.
 
 _HOLDOUT_MARKS: dict[str, tuple[str, bool | None]] = {
     "held": ("Held its largest cells", True),
-    "partly": ("Held some largest cells", None),
+    "partly": ("Hardly held its largest cells", None),
     "missed": ("Missed its largest cells", False),
 }
 _MISFIT_MARKS = {"fits": "Fits its runs", "small": "Small misfit", "large": "Misfit"}
