@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import math
 import os
+import zlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -205,8 +206,9 @@ def target_draws(posterior: Posterior, targets: Sequence[Target], *,
                  max_draws: int = _MAX_DRAWS) -> TargetDraws:  # fmt: skip
     """Draws of the valley at each target.
 
-    Draws are thinned evenly to ``max_draws``. Equal targets share their effects; new effects are
-    drawn from the fit's own seed, so that two calls agree.
+    Draws are thinned evenly to ``max_draws``. Equal targets share their effects; new effects follow
+    from the fit's own seed and what is new, so that two calls agree on a target whatever else they
+    ask.
     Raises: UntrustworthyFit for draws that are no numbers; DataError without a target; SpecError
     for one that is in no list.
     """
@@ -228,6 +230,10 @@ def _draws_at(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
         )
     return at
 
+
+# Places at which new effects of a group may begin in a line of draws: two groups share those of one
+# kind once in so many pairs.
+_LINE = 1 << 17
 
 # Natural logs by which people's three or four figures of a count may differ from the count.
 _ROUNDED = 0.005
@@ -280,7 +286,8 @@ def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
 class _Thinned:
     """Draws of a posterior with chains joined, and new effects of what was not measured.
 
-    Effects come from the fit's own seed and a name each, so that whoever asks gets the same ones.
+    Effects come from the fit's own seed, a name each and the numbers of what is new, so that
+    whoever asks gets the same ones.
     """
 
     def __init__(self, posterior: Posterior, max_draws: int) -> None:
@@ -288,7 +295,7 @@ class _Thinned:
         self.posterior, self.num_draws = posterior, len(kept)
         self.draws = {str(n): posterior.flat(str(n))[kept] for n in posterior.draws.data_vars}
         self.measured = _measured(posterior)
-        self._new: dict[str, FloatArray] = {}
+        self._lines: dict[str, FloatArray] = {}
 
     def snapped(self, regressor: str, values: FloatArray) -> FloatArray:
         """Values (target,) of a regressor to four decimals; those that are the runs' own but for
@@ -304,15 +311,25 @@ class _Thinned:
 
     def normal(self, name: str) -> FloatArray:
         """Standard normal draws (draw,); the same for the same name."""
-        return self.normals(name, 1)[:, 0]
+        return self._line(name)[: self.num_draws]
 
-    def normals(self, name: str, num_groups: int) -> FloatArray:
-        """Standard normal draws (draw, group); the first groups' are the same for any number."""
-        if name not in self._new or self._new[name].shape[1] < num_groups:
+    def normals(self, name: str, groups: Sequence[tuple[float, ...]]) -> FloatArray:
+        """Standard normal draws (draw, group); the same for the same name and group, told by its
+        numbers, whatever else is asked.
+
+        A group's draws are a piece of one long line of draws, from where the hash of its numbers
+        says: another group's begin elsewhere, so that at each draw the two are independent.
+        """
+        own = zlib.crc32(name.encode())
+        starts = [hash((own, *group)) % _LINE for group in groups]  # of numbers: no random hash
+        pieces = np.lib.stride_tricks.sliding_window_view(self._line(name), self.num_draws)
+        return np.ascontiguousarray(pieces[starts].T)
+
+    def _line(self, name: str) -> FloatArray:
+        if name not in self._lines:
             rng = np.random.default_rng([int(self.posterior.info["seed"]), *name.encode()])
-            by_group = rng.standard_normal((num_groups, self.num_draws))
-            self._new[name] = np.ascontiguousarray(by_group.T)
-        return self._new[name][:, :num_groups]
+            self._lines[name] = rng.standard_normal(_LINE + self.num_draws)
+        return self._lines[name]
 
 
 def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
@@ -361,6 +378,13 @@ def _centres(posterior: Posterior, families: Iterable[int | None]) -> dict[str, 
 _DEPTH = {"shape": 3, "cell": 4, "slice": 5}
 
 
+def _numbered(keys: Sequence[tuple[float, ...]],
+              ) -> tuple[list[tuple[float, ...]], NDArray[np.int64]]:  # fmt: skip
+    """The different keys, in order, and the number of each key among them."""
+    numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
+    return list(numbers), np.array([numbers[key] for key in keys])
+
+
 def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
     posterior, draws = thinned.posterior, thinned.draws
     # Parameters of the population, each (draw, 1).
@@ -387,12 +411,11 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
         return by_family if len(found) == 1 else by_family[:, column]
 
     values = np.stack([thinned.snapped(k, x[k]) for k in REGRESSORS], axis=1).tolist()
-    keys = [(g, *row) for g, row in zip(families, values, strict=True)]
-    index, group = {}, {}
+    keys = [(-1 if g is None else g, *row) for g, row in zip(families, values, strict=True)]
+    index, group, groups = {}, {}, {}
     for level, depth in _DEPTH.items():
         cut = [key[:depth] for key in keys]
-        numbers = {key: i for i, key in enumerate(dict.fromkeys(cut))}
-        group[level] = np.array([numbers[key] for key in cut])
+        groups[level], group[level] = _numbered(cut)
         index[level] = np.array([thinned.measured[level].get(key, -1) for key in cut])
 
     def of_level(level: str, name: str, new: FloatArray) -> FloatArray:
@@ -403,7 +426,7 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
         return new
 
     def scatter(level: str, sd: str) -> FloatArray:
-        new = thinned.normals(sd, int(group[level].max()) + 1)
+        new = thinned.normals(sd, groups[level])
         return np.asarray(p[sd] * (new if new.shape[1] == len(targets) else new[:, group[level]]))
 
     d_n, d_s, d_d = (x[k] - centre[k] for k in REGRESSORS[:3])
@@ -477,8 +500,8 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     column = np.array([-1 if g is None else g for g in families])
     new_intercept = draws["mean_intercept"] + draws["family_sd"] * thinned.normal("family_sd")
     intercept = np.column_stack([draws["intercept"], new_intercept])[:, column]
-    _, alike = np.unique(np.vstack([away.round(4), column]), axis=1, return_inverse=True)
-    new = thinned.normals("residual_sd", int(alike.max()) + 1)[:, alike.ravel()]
+    slices, alike = _numbered([tuple(row) for row in np.vstack([column, away.round(4)]).T.tolist()])
+    new = thinned.normals("residual_sd", slices)[:, alike]
     log_lr = (
         intercept + draws["coefficient"] @ away + draws["residual_sd"][:, None] * new
     )  # fmt: skip

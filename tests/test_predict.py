@@ -19,6 +19,7 @@ from bayeslr.posterior import Posterior, make_posterior
 from bayeslr.predict import (
     EDGE_COLUMNS,
     QUANTILE_COLUMNS,
+    _Thinned,
     edge_octaves,
     p_diverge,
     predict,
@@ -193,6 +194,27 @@ def test_equal_targets_and_repeated_calls_agree(posterior: Posterior) -> None:
     again = target_draws(posterior, [target("b")]).log_lr
     np.testing.assert_array_equal(first[:, 0], first[:, 1])
     np.testing.assert_array_equal(first[:, 0], again[:, 0])
+
+
+def test_a_target_is_answered_alike_whatever_else_is_asked(posterior: Posterior) -> None:
+    """The last of 300: it has another place among them, and in another pass."""
+    many = [target(f"t{i}", tokens=4.8e10 * 1.01**i) for i in range(300)]
+    together, alone = predict(posterior, many), predict(posterior, many[-1:])
+    numbers = alone.select_dtypes("number").columns
+    # Sums in single precision depend on how many stand beside each other.
+    assert together[numbers].iloc[-1].tolist() == pytest.approx(alone[numbers].iloc[0], rel=1e-4)
+    both = target_draws(posterior, [*many[:3], many[-1]]).log_lr
+    np.testing.assert_array_equal(both[:, 3], target_draws(posterior, many[-1:]).log_lr[:, 0])
+
+
+def test_what_is_new_of_two_groups_is_independent(posterior: Posterior) -> None:
+    new = _Thinned(posterior, 2000).normals("lr_shape_sd", [(0.0, 19.0 + i) for i in range(200)])
+    error = 1 / math.sqrt(len(new))
+    apart = np.corrcoef(new.T)[np.triu_indices(200, 1)]
+    # 19,900 correlations within 6 standard errors: fails 1 in 25,000 seeds.
+    assert np.abs(apart).max() < 6 * error
+    assert new.mean(axis=0).std() == pytest.approx(error, rel=0.25)
+    assert new.std() == pytest.approx(1.0, abs=0.02)
 
 
 def test_an_unseen_family_is_predicted_at_population_level(posterior: Posterior) -> None:
