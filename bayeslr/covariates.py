@@ -148,8 +148,7 @@ def covariate_table(posterior: Posterior, targets: Sequence[Target]) -> pd.DataF
     rows = [
         _row(posterior, target, name, at)
         for target in seen
-        for name, at in _at_target(posterior, names, target).items()
-        if np.ptp(_tried(posterior, target, name)) > 0
+        for name, at in _at_target(posterior, target).items()
     ]
     return pd.DataFrame(rows, columns=_COLUMNS)
 
@@ -164,7 +163,15 @@ class _AtTarget:
     valley: TargetDraws
 
 
-def _at_target(posterior: Posterior, names: Sequence[str], target: Target) -> dict[str, _AtTarget]:
+def _at_target(posterior: Posterior, target: Target) -> dict[str, _AtTarget]:
+    """By name, the covariates that the runs of the target's family vary."""
+    assert posterior.design is not None
+    names = [
+        name for name in posterior.design.covariates
+        if np.ptp(_tried(posterior, target, name)) > 0
+    ]  # fmt: skip
+    if not names:
+        return {}
     valley = target_draws(posterior, [target])
     best, p = best_values(posterior, names, [target], len(valley.log_lr))
     return {

@@ -120,10 +120,13 @@ def test_a_family_that_states_no_weight_decay_has_the_reference_of_the_table() -
     assert log_ratio(design, "weight_decay", 0.0, without) == 0.0
 
 
-def test_a_covariate_that_a_family_does_not_vary_has_no_row(told: Posterior) -> None:
+def test_a_covariate_that_a_family_does_not_vary_has_no_row(
+    told: Posterior, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert told.design is not None
     assert len(covariate_table(told, [target()])) == 1
     same = np.zeros_like(told.design.covariate_of_run)
+    monkeypatch.delattr("bayeslr.covariates.target_draws")  # nothing is drawn for it
     design = dataclasses.replace(told.design, covariate_of_run=same)
     assert covariate_table(dataclasses.replace(told, design=design), [target()]).empty
 
