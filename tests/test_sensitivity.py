@@ -20,6 +20,7 @@ from bayeslr.sensitivity import (
     UNTOUCHED,
     VERDICTS,
     Influence,
+    _contradicted,
     distance,
     influence,
     overlap,
@@ -157,6 +158,19 @@ def influence_of(name: str, family: str | None, verdict: str) -> Influence:
         name=name, family=family, overlap=0.5, by_card=0.1, by_runs=0.1, noise=0.05, surprise=0.5,
         verdict=verdict,
     )  # fmt: skip
+
+
+def test_a_contradiction_is_shared_between_what_the_runs_touched() -> None:
+    """Ten quantities: each may lie in the outer 0.5 % of its prior."""
+    found = [
+        dataclasses.replace(influence_of(name, None, verdict), surprise=surprise)
+        for name, verdict, surprise in (
+            ("lr_level", "runs", 0.006), ("lr_tokens", "both", 0.004), ("log_skew", "card", 0.001),
+        )
+    ] + [influence_of(name, None, "runs") for name in list(QUANTITIES)[-8:]]  # fmt: skip
+    verdicts = [one.verdict for one in _contradicted(found)]
+    assert verdicts[:3] == ["runs", "conflict", "card"]
+    assert [one.verdict for one in _contradicted(found[:1])] == ["conflict"]
 
 
 def test_sentences_name_the_family_where_families_differ() -> None:
