@@ -607,6 +607,17 @@ def test_one_lr_only_in_every_slice() -> None:
     assert "one LR only in every slice: nothing is known of the best LR but the prior" in told(rows)
 
 
+def test_one_lr_below_those_that_diverged_is_bounded() -> None:
+    rows = [row for row in sweep() if row["lr"] == 1e-3]
+    hot = [
+        row | {"run_id": f"hot{i}", "lr": 1e-2, "loss": None, "status": "diverged"}
+        for i, row in enumerate(rows)
+    ]
+    bound = "nothing is known of the best LR but the prior and the bound by diverged runs"
+    assert bound in told(rows + hot)
+    assert bound not in told(rows)
+
+
 def test_two_lrs_in_every_slice() -> None:
     rows = [row for row in sweep() if row["lr"] <= 1e-3]
     assert "fewer than 3 LRs in every slice: the curvature of the valley is the prior's" in told(

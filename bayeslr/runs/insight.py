@@ -204,8 +204,10 @@ def _advice(cells: pd.DataFrame, exponents: list[str]) -> str:
 def _lr_blind_spots(rows: pd.DataFrame, measured: pd.DataFrame) -> list[str]:
     tried = measured.groupby("slice")["lr_code"].nunique()
     if int(tried.max()) == 1:
+        bounded = (rows["status"] == "diverged").any()
+        known = "but the prior and the bound by diverged runs" if bounded else "but the prior"
         return [
-            "one LR only in every slice: nothing is known of the best LR but the prior; try at "
+            f"one LR only in every slice: nothing is known of the best LR {known}; try at "
             "least 3 LRs in one slice"
         ]
     told = []
