@@ -744,7 +744,10 @@ def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
     elif distance < 0.05:  # as people round their targets
         reach = "inside the range of the runs"
     else:
-        reach = f"{distance:.1f} times the runs' own range beyond them{_below(ranges, target)}"
+        reach = (
+            f"{distance:.1f} times the runs' own range{_narrow(ranges, target)} beyond them"
+            f"{_below(ranges, target)}"
+        )
     risk = row["p_diverge"]
     risk_text = "under 1 %" if risk < 0.01 else f"{100 * risk:.0f} %"
     if math.isnan(risk):
@@ -762,6 +765,16 @@ def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
         f"{format_extra_tokens(row['extra_tokens'])} more tokens, and the risk of divergence is "
         f"{risk_text}; {reach}."
     )
+
+
+def _narrow(ranges: Mapping[str, tuple[float, float]], target: Target) -> str:
+    """Said where a regressor that the target is outside of has no range to speak of."""
+    x = target_features([target])
+    narrow = any(
+        high - low < math.log(2.0) and not low - 1e-9 <= float(x[name][0]) <= high + 1e-9
+        for name, (low, high) in ranges.items()
+    )
+    return " (a factor of two where it is narrower)" if narrow else ""
 
 
 def _below(ranges: Mapping[str, tuple[float, float]], target: Target) -> str:

@@ -326,6 +326,15 @@ def test_a_target_below_the_data_says_so(posterior: Posterior) -> None:
     assert (table["extrapolation"] > 0).all()
 
 
+def test_runs_without_a_range_are_no_unit_of_distance(posterior: Posterior) -> None:
+    """The made-up runs have one sparsity: twice as sparse is one factor of two away."""
+    table = predict(posterior, [target(**{**KNOWN, "n_total": 16 * SIZES[1]}), target("far")])
+    assert table["extrapolation"].iloc[0] == pytest.approx(1.0)
+    said = "1.0 times the runs' own range (a factor of two where it is narrower) beyond them"
+    assert said in table["sentence"].iloc[0]
+    assert "narrower" not in table["sentence"].iloc[1]
+
+
 def test_a_target_is_below_the_runs_of_its_own_family(card: Prior) -> None:
     layout = [
         PlannedSlice(family=family, n_active=n, n_total=8 * n, tokens=tokens, batch_tokens=2**17,
