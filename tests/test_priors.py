@@ -231,7 +231,9 @@ def test_the_implied_interval_is_that_of_the_card() -> None:
     planned = Target(target_id="r", batch_tokens=best, **card.reference)
     row = predict(prior_posterior(card), [planned]).iloc[0]
     location, scale = card["lr_intercept"].location, card["lr_intercept"].scale
-    assert math.log(row["lr_q50"]) == pytest.approx(location, abs=0.06)
+    # Off a best batch that is not known LR* is lower: 0.04 of the median. The rest is 3.5 standard
+    # errors of 2,000 draws.
+    assert math.log(row["lr_q50"]) == pytest.approx(location - 0.04, abs=0.06)
     half = NormalDist().inv_cdf(0.95) * scale
     assert math.log(row["lr_q95"] / row["lr_q05"]) > 2 * half
 
