@@ -147,12 +147,7 @@ def make_posterior(
     if sampled:
         diagnostics |= diagnose(dataset)
     trustworthy, verdict = _verdict(diagnostics, gate) if sampled else (True, _NOT_SAMPLED[method])
-    if design is not None:
-        centre, features = design.centre(), design.slice_features()
-        low = {name: float(np.min(features[name])) for name in REGRESSORS}
-        high = {name: float(np.max(features[name])) for name in REGRESSORS}
-    else:
-        centre, low, high = dict(prior.log_reference), {}, {}
+    centre = design.centre() if design is not None else dict(prior.log_reference)
     info = {
         "schema_version": SCHEMA_VERSION,
         "method": method,
@@ -161,8 +156,6 @@ def make_posterior(
         "parametrizations": list(design.parametrizations) if design is not None else [],
         "param_convention": convention_of(runs),
         "centre": centre,
-        "data_low": low,
-        "data_high": high,
         "num_runs": design.num_runs if design is not None else 0,
         "num_diverged": int(design.diverged.sum()) if design is not None else 0,
         "num_slices": design.num_slices if design is not None else 0,

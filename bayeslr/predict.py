@@ -46,6 +46,9 @@ QUANTILE_COLUMNS = tuple(f"lr_q{round(100 * q):02d}" for q in QUANTILES)
 EDGE_QUANTILES = (0.05, 0.5, 0.95)
 EDGE_COLUMNS = tuple(f"edge_octaves_q{round(100 * q):02d}" for q in EDGE_QUANTILES)
 
+# A target no farther out counts as inside: so much do people round its numbers.
+INSIDE = 0.05
+
 # Draws of a target, at least and at most, and of all targets together.
 _FEWEST_DRAWS, _MAX_DRAWS, _MAX_CELLS = 250, 2000, 4_000_000
 
@@ -643,6 +646,14 @@ def _ranges(posterior: Posterior, targets: Sequence[Target],
     return found
 
 
+def data_ranges(posterior: Posterior, target: Target) -> dict[str, tuple[float, float]]:
+    """Least and largest of each regressor in the data that `extrapolation` goes by.
+
+    Natural logs, by the names of `REGRESSORS`; empty without data.
+    """
+    return _ranges(posterior, [target]).get(family_of(posterior, target), {})
+
+
 def _families(posterior: Posterior, targets: Sequence[Target]) -> list[int | None]:
     return [family_of(posterior, target) for target in targets]
 
@@ -741,7 +752,7 @@ def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
     distance = row["extrapolation"]
     if not math.isfinite(distance):
         reach = "from published laws alone, no run of yours"
-    elif distance < 0.05:  # as people round their targets
+    elif distance < INSIDE:
         reach = "inside the range of the runs"
     else:
         reach = (

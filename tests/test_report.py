@@ -305,6 +305,28 @@ def test_two_families_and_a_stranger() -> None:
     assert text.count("<figure><h3>") >= MAX_VALLEYS
 
 
+def test_the_runs_that_a_target_is_compared_with_are_those_of_its_family() -> None:
+    """A family of a hundredth of the tokens must not count the other's horizons as its own."""
+    frame = made_up_runs(("one", "two")).frame
+    frame.loc[frame["family"] == "two", ["tokens", "batch_tokens"]] /= 100.0
+    two_stage = fit(make_table(frame, source="made-up"), "moe-default", method="two-stage")
+    near = dataclasses.replace(TARGET, n_active=2e8, n_total=1.6e9, tokens=1e10, batch_tokens=1.3e5)
+    far = dataclasses.replace(near, target_id="far", family="two", tokens=2e9, batch_tokens=1.3e3)
+    text = render(two_stage, [far, near])
+    assert "far has 20 times the tokens of the longest: there the law" in text
+    assert "beyond the runs (10M to 100M)" in text
+
+
+def test_a_target_a_hair_outside_is_inside_everywhere(posterior: Posterior) -> None:
+    hair = dataclasses.replace(
+        TARGET, n_active=2.02e8, n_total=1.616e9, tokens=1e10, batch_tokens=1.3e5
+    )
+    assert 0 < predict(posterior, [hair])["extrapolation"].iloc[0] < 0.05
+    text = render(posterior, [hair])
+    assert "inside the range of the runs" in text
+    assert "<dd>inside<small>the range of the runs</small></dd>" in text
+
+
 def test_the_measured_check_of_a_prediction_is_shown(posterior: Posterior) -> None:
     lines = ["Trained:", "  lr 1e-3: loss 2.5", "  lr 2e-3: loss 2.6", "It lies where it should."]
     text = render(posterior, [TARGET], lines)
@@ -490,6 +512,19 @@ def test_in_a_browser(page: Page, file: Path, width: int, dark: bool) -> None:
         " const a = s.getBoundingClientRect(), b = s.closest('figure').getBoundingClientRect();"
         " return a.left >= b.left - 1 && a.right <= b.right + 1 && a.height > 40; })"
     )
+    assert page.evaluate(OVERLAPS) == [], "one label of a figure lies on another"
+
+
+# Pairs of texts of one figure whose boxes share more than 2 px each way; less is the boxes' rim.
+OVERLAPS = """
+[...document.querySelectorAll('figure > svg')].flatMap(svg => {
+  const texts = [...svg.querySelectorAll('text')]
+    .map(t => [t.textContent, t.getBoundingClientRect()]);
+  return texts.flatMap(([one, a], i) => texts.slice(i + 1).filter(([, b]) =>
+    Math.min(a.right, b.right) - Math.max(a.left, b.left) > 2 &&
+    Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2).map(([other]) => [one, other]));
+})
+"""
 
 
 @pytest.mark.parametrize("dark", [False, True])

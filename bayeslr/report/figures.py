@@ -64,6 +64,9 @@ _STYLE: Any = {
     "hatch.linewidth": 0.7,
 }
 
+# Points between ticks and label of a large figure's y axis: narrow screens have larger type.
+_ROOM = 10
+
 
 @contextmanager
 def drawing(width: float, height: float) -> Iterator[Figure]:
@@ -242,7 +245,7 @@ def scale(
         log_axis(axes.yaxis, *axes.get_ylim(), 7)
         axes.grid(axis="y")
         axes.set_xlabel(xlabel)
-        axes.set_ylabel("peak LR")
+        axes.set_ylabel("peak LR", labelpad=_ROOM)
         return to_svg(figure, name, description)
 
 
@@ -280,13 +283,13 @@ def regret(
         within_octave = np.abs(np.log2(lr / choice)) <= 1.2
         top = float(np.max(mean[within_octave], initial=2 * at_choice))
         upper.set_ylim(0, 1.25 * top)
-        upper.set_ylabel("expected regret, nats")
+        upper.set_ylabel("expected regret, nats", labelpad=_ROOM)
         if p_diverge is not None:
             lower.fill_between(lr, 0, 100 * p_diverge, color=WARN, alpha=0.25, linewidth=0)
             lower.plot(lr, 100 * p_diverge, color=WARN, linewidth=1.4)
             lower.set_ylim(0, 100)
             lower.set_yticks([0, 50, 100])
-            lower.set_ylabel("diverges, %")
+            lower.set_ylabel("diverges, %", labelpad=_ROOM)
         lower.set_xlabel("peak LR of the target")
         lower.set_xlim(lr[0], lr[-1])
         log_axis(lower.xaxis, lr[0], lr[-1], 8)
@@ -381,7 +384,7 @@ def transforms(name: str, *, pit: FloatArray, description: str) -> str:
         axes.yaxis.set_major_locator(MaxNLocator(5))
         axes.grid(axis="y")
         axes.set_xlabel("probability of a lower loss")
-        axes.set_ylabel("share below, less its own")
+        axes.set_ylabel("share below, less its own", labelpad=_ROOM)
         return to_svg(figure, name, description)
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayeslr.predict import data_ranges
 from bayeslr.priors import PARAMETERS, Distribution
 from bayeslr.report import figures
 from bayeslr.report.targets import FAR
@@ -51,30 +52,30 @@ def _sentence(text: str) -> str:
 def _distance_notes(
     posterior: Posterior, targets: Sequence[Target], predictions: Sequence[dict[str, Any]]
 ) -> list[str]:
-    high = posterior.info["data_high"]
-    if not high:
+    if posterior.design is None:
         return []
     notes = []
-    far = [row["target_id"] for row in predictions if row["extrapolation"] > FAR]
-    largest = max(targets, key=lambda target: target.flops)
-    size = largest.n_active / math.exp(high["log_n_active"])
-    horizon = largest.tokens / math.exp(high["log_tokens"])
+    far = [t for t, row in zip(targets, predictions, strict=True) if row["extrapolation"] > FAR]
     if far:
+        largest = max(far, key=lambda target: target.flops)
+        ranges = data_ranges(posterior, largest)
         reach = " and ".join(
             f"{times:.3g} times {words}"
             for times, words in (
-                (size, "the active parameters of the largest run"),
-                (horizon, "the tokens of the longest"),
+                (
+                    largest.n_active / math.exp(ranges["log_n_active"][1]),
+                    "the active parameters of the largest run",
+                ),
+                (largest.tokens / math.exp(ranges["log_tokens"][1]), "the tokens of the longest"),
             )
             if times > 1.01
         )
-        which = f"{largest.target_id} has {reach}" if reach else f"{far[0]} is far from every run"
+        which = largest.target_id + (f" has {reach}" if reach else " is far from every run")
         notes.append(
             f"{which}: there the law carries the prediction, not the runs. A rung in between "
             "would narrow the interval most."
         )
-    if not (families := posterior.info["families"]):
-        return notes
+    families = posterior.info["families"]
     apart = [t for t, row in zip(targets, predictions, strict=True) if row["level"] != "family"]
     strangers = [target.target_id for target in apart if target.family is not None]
     if strangers:

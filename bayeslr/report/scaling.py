@@ -94,10 +94,10 @@ def _scale_figure(
 ) -> dict[str, str]:
     key = f"log_{what}"
     at_target = float(getattr(target, what))
-    low, high = posterior.info["data_low"], posterior.info["data_high"]
-    data_range = (math.exp(low[key]), math.exp(high[key])) if low else (0.0, math.inf)
-    start = min(data_range[0] or at_target / 30, at_target) / 1.7
-    end = max(data_range[1] if low else at_target * 10, at_target) * 2.0
+    ranges = predict.data_ranges(posterior, target)
+    low, high = map(math.exp, ranges[key]) if ranges else (0.0, math.inf)
+    start = min(low or at_target / 30, at_target) / 1.7
+    end = max(high if ranges else at_target * 10, at_target) * 2.0
     if what == "tokens":
         start = max(start, target.batch_tokens)
     x = np.geomspace(start, end, _NUM_POINTS)
@@ -116,9 +116,9 @@ def _scale_figure(
         q: np.exp(_smooth(np.log(x), np.quantile(draws, p, axis=0))) for q, p in QUANTILES.items()
     }
     points = _points(posterior, target, slices, key)
-    first, last = (format_quantity(end) for end in data_range) if low else ("", "")
+    first, last = (format_quantity(end) for end in (low, high)) if ranges else ("", "")
     where = f"all at {first}" if first == last else f"{first} to {last}"
-    beyond = f" The hatched ground is beyond the runs ({where})." if low else ""
+    beyond = f" The hatched ground is beyond the runs ({where})." if ranges else ""
     carried = (
         " Each dot is the optimum of one slice, carried along the fitted law to the target's other "
         "regressors; its bar is the slice's own 90 % interval."
@@ -136,7 +136,7 @@ def _scale_figure(
             x=x,
             bands=bands,
             points=points,
-            data_range=data_range,
+            data_range=(low, high),
             laws=[(law.label, law(n_active, n_total, tokens)) for law in PUBLISHED_LAWS],
             target={
                 "x": at_target,
@@ -147,7 +147,7 @@ def _scale_figure(
             text=format_quantity,
             description=f"Optimal LR against {words}. At the target, {format_quantity(at_target)}, "
             f"it lies between {format_lr(row['lr_q05'])} and {format_lr(row['lr_q95'])} with 90 % "
-            f"probability; the median falls from {format_lr(bands['q50'][0])} at "
+            f"probability; the median goes from {format_lr(bands['q50'][0])} at "
             f"{format_quantity(x[0])} to {format_lr(bands['q50'][-1])} at "
             f"{format_quantity(x[-1])}.",
         ),

@@ -184,7 +184,7 @@ def tiles(posterior: Posterior, row: dict[str, Any]) -> list[dict[str, str]]:
             "note": "from published laws alone"
             if not math.isfinite(far)
             else "the range of the runs"
-            if far == 0
+            if far < predict.INSIDE
             else "times the runs' range beyond them",
         },
     ]

@@ -7,6 +7,7 @@ import re
 
 from markupsafe import Markup
 
+from bayeslr.predict import INSIDE
 from bayeslr.specs import Target
 from bayeslr.units import format_lr, format_quantity
 
@@ -72,7 +73,7 @@ def extrapolation_text(distance: float) -> str:
     """Distance from the data in words and spreads."""
     if not math.isfinite(distance):
         return "no runs"
-    return "inside" if distance == 0 else f"{distance:.1f}"
+    return "inside" if distance < INSIDE else f"{distance:.1f}"
 
 
 def signed(number: float) -> str:
