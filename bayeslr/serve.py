@@ -144,9 +144,19 @@ def _candidates(request: Mapping[str, Any]) -> list[Candidate]:
         raise SpecError(f"flops must be {len(specs)} numbers, one a candidate, got {count}")
     for i, value in enumerate(flops):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and math.isfinite(value) and value > 0):
+        if not (number and 0 < value <= sys.float_info.max):
             raise SpecError(f"flops[{i}] must be a number > 0, got {value!r:.80}")
     return [Candidate(spec=s, flops=float(f)) for s, f in zip(specs, flops, strict=True)]
+
+
+def _request(line: str) -> dict[str, Any]:
+    try:
+        request = json.loads(line)
+    except (ValueError, RecursionError) as error:  # no JSON, too long a number, too deep a nest
+        raise SpecError(f"not a request: {error}") from error
+    if not isinstance(request, dict):
+        raise SpecError("not a request: a JSON object is needed")
+    return request
 
 
 def serve(requests: TextIO, replies: TextIO) -> None:
@@ -154,12 +164,7 @@ def serve(requests: TextIO, replies: TextIO) -> None:
     server = Server()
     for line in requests:
         try:
-            request = json.loads(line)
-            if not isinstance(request, dict):
-                raise SpecError("not a request: a JSON object is needed")
-            reply = server.answer(request)
-        except json.JSONDecodeError as error:
-            reply = {"error": f"not a request: {error}"}
+            reply = server.answer(_request(line))
         except BayeslrError as error:
             reply = {"error": str(error)}
         except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -76,8 +77,8 @@ def _positive(owner: object, *names: str) -> None:
     _numbers(owner, *names)
     for name in names:
         value = getattr(owner, name)
-        if not (math.isfinite(value) and value > 0):
-            raise SpecError(f"{name} must be finite and > 0, got {value!r}")
+        if not 0 < value <= sys.float_info.max:  # JSON's whole numbers know no bound
+            raise SpecError(f"{name} must be finite and > 0, got {value!r:.80}")
 
 
 def _positive_if_given(owner: object, *names: str) -> None:
@@ -142,6 +143,10 @@ class Target:
         _require(
             isinstance(self.target_id, str) and self.target_id != "",
             f"target_id must be a text that is not empty, got {self.target_id!r}",
+        )
+        _require(
+            self.family is None or isinstance(self.family, str),
+            f"target {self.target_id}: family must be a text, got {self.family!r}",
         )
         _positive(self, "n_active", "n_total", "tokens", "batch_tokens")
         _positive_if_given(self, "seq_len", "n_experts", "top_k")
@@ -289,7 +294,7 @@ class RunSpec:
         )
         _require(
             isinstance(self.decay_at, list | tuple)
-            and all(isinstance(t, Real) and math.isfinite(t) for t in self.decay_at),
+            and all(isinstance(t, Real) and abs(t) <= sys.float_info.max for t in self.decay_at),
             f"run {self.run_id}: decay_at must be a list of token counts, got {self.decay_at!r}",
         )
         for name in ("shape", "options"):

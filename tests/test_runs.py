@@ -26,6 +26,7 @@ from bayeslr.runs import (
     concat,
     describe,
     identifiability,
+    likely_headers,
     lr_group,
     make_table,
     nearest,
@@ -711,6 +712,16 @@ def test_describe_is_json() -> None:
     assert facts["flops"] == pytest.approx(
         sum(6 * r["n_active"] * r["tokens"] for r in sweep()) + 1.2e18
     )
+
+
+def test_one_count_of_an_moe_model_is_not_proposed_for_its_active_parameters() -> None:
+    """Whoever followed it would have a table of dense models."""
+    counts = ["n_active", "n_total"]
+    assert likely_headers(counts, ["n_params"]) == dict.fromkeys(counts, "n_params")
+    assert likely_headers(counts, ["n_params", "num_experts"]) == {"n_total": "n_params"}
+    assert likely_headers(["n_active"], ["n_params", "topk"]) == {}
+    told = {"n_active": "active_params", "n_total": "total_params"}
+    assert likely_headers(counts, [*told.values(), "num_experts"]) == told
 
 
 def test_nearest_header() -> None:

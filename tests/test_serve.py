@@ -132,6 +132,10 @@ def test_no_choice_is_made_by_a_fit_that_failed_it_and_predictions_say_so(
         ({"candidates": [SPEC, {**SPEC, "decay_fraction": None}]}, "decay_fraction must be a num"),
         ({"candidates": [SPEC, {**SPEC, "decay_at": [1e400]}]}, "decay_at must be a list of token"),
         ({"candidates": [SPEC, {**SPEC, "shape": 3}]}, "shape must be a mapping, got 3"),
+        ({"targets": [{**TARGET, "tokens": 10**400}]}, "targets[0]: tokens must be finite and > 0"),
+        ({"targets": [{**TARGET, "family": 7}]}, "family must be a text, got 7"),
+        ({"candidates": [SPEC, {**SPEC, "decay_at": [10**400]}]}, "decay_at must be a list of tok"),
+        ({"flops": [1e18, 10**400]}, "flops[1] must be a number > 0"),
         ({"op": []}, "op must be choose or predict, got []"),
         ({"runs": 5}, "runs must be a list of JSON objects, got 5"),
         ({"runs": [5]}, "runs must be a list of JSON objects, got 5 as runs[0]"),
@@ -146,6 +150,13 @@ def test_a_wrong_request_is_told_which_key_and_what_it_must_be(
     assert told in reply["error"]
     assert "fault" not in reply["error"]
     assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("line", ["", "{", "[" * 100_000, "9" * 5000, "[1]"])
+def test_what_is_no_json_object_is_told(line: str) -> None:
+    replies = io.StringIO()
+    serve.serve(io.StringIO(line + "\n"), replies)
+    assert json.loads(replies.getvalue())["error"].startswith("not a request: ")
 
 
 def test_a_fault_of_ours_is_called_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,8 +20,8 @@ from bayeslr.runs import (
     REQUIRED_NAMES,
     Rows,
     RunTable,
+    likely_headers,
     make_table,
-    nearest,
     numbers,
 )
 from bayeslr.units import parse_quantity
@@ -352,8 +352,8 @@ def _peak_first(frame: pd.DataFrame, headers: Sequence[str]) -> tuple[list[str],
 
 def propose(headers: Sequence[str], known: Sequence[str]) -> list[str]:
     """``ours=theirs`` for required columns without a source, where a header looks like it."""
-    likely = {n: nearest(n, headers) for n in REQUIRED_NAMES if n not in known}
-    return [f"{name}={header}" for name, header in likely.items() if header is not None]
+    wanted = [name for name in REQUIRED_NAMES if name not in known]
+    return [f"{name}={header}" for name, header in likely_headers(wanted, headers).items()]
 
 
 def apply(

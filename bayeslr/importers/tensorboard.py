@@ -64,9 +64,8 @@ def read(
         "status": pd.Series(np.where(np.isfinite(value), "ok", "diverged"), dtype=object),
         "source": "tensorboard",
     }
-    batch, no_number = numbers(made.values("batch_tokens", only.frame))
-    if np.isfinite(batch).all() and not no_number.any():
-        given["tokens"] = pd.Series(step[[last]] * batch)
+    batch, _ = numbers(made.values("batch_tokens", only.frame))
+    given["tokens"] = pd.Series(step[[last]] * batch)
     table = finish(only, made, given)
     told = [f"{len(curve)} points; the last, of step {step[last]:g}, is the run's loss"]
     if num_overlaps:

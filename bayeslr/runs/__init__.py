@@ -13,6 +13,7 @@ from bayeslr.runs.columns import (
     SHAPE_KEYS,
     STATUSES,
     Column,
+    likely_headers,
     nearest,
 )
 from bayeslr.runs.files import quarantine_path, read_csv, read_rows, write_atomically
@@ -51,6 +52,7 @@ __all__ = [
     "horizon",
     "identifiability",
     "last_word",
+    "likely_headers",
     "lr_group",
     "make_table",
     "nearest",

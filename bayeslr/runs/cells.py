@@ -13,7 +13,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from bayeslr.errors import DataError
-from bayeslr.runs.columns import COLUMNS, NUMBER_NAMES, REQUIRED_NAMES, nearest
+from bayeslr.runs.columns import COLUMNS, NUMBER_NAMES, REQUIRED_NAMES, likely_headers
 from bayeslr.units import counted
 
 QUARANTINE_COLUMNS = ("file", "line", "run_id", "column", "value", "rule", "advice")
@@ -140,7 +140,7 @@ def _require_columns(part: Rows, warnings: list[str]) -> None:
         )
     if not missing or (not len(part) and part.broken):
         return
-    hints = [f"{name} is perhaps {near!r}" for name in missing if (near := nearest(name, have))]
+    hints = [f"{name} is perhaps {h!r}" for name, h in likely_headers(missing, have).items()]
     raise DataError(
         f"{part.place}: required column{'s' if len(missing) > 1 else ''} {', '.join(missing)} "
         f"missing. {'; '.join(hints)}{'. ' if hints else ''}Rename them, or map them: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -141,6 +141,15 @@ def nearest(name: str, headers: Sequence[str]) -> str | None:
                 return header
     close = get_close_matches(_fold(name), list(folded), n=1, cutoff=0.8)
     return folded[close[0]] if close else None
+
+
+def likely_headers(names: Iterable[str], headers: Sequence[str]) -> dict[str, str]:
+    """Of our columns ``names`` those that a header looks like, with that header."""
+    found = {name: header for name in names if (header := nearest(name, headers)) is not None}
+    experts = any(nearest(name, headers) for name in ("n_experts", "top_k"))
+    if experts and found.get("n_active") == nearest("n_total", headers):
+        found.pop("n_active", None)  # one count of an MoE model is its total
+    return found
 
 
 def _fold(name: str) -> str:
