@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import bayeslr
-from bayeslr.errors import DataError, StorageError
+from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.features import build_design
 from bayeslr.posterior import Posterior, make_posterior
 from bayeslr.predict import predict, prior_posterior
@@ -433,6 +433,12 @@ def test_the_same_fit_gives_the_same_page(posterior: Posterior, html: str) -> No
     assert render(posterior, [TARGET]) == html
 
 
+def test_the_path_of_a_fit_is_no_posterior(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"takes a posterior, got str; bayeslr\.Posterior"):
+        report("fit", tmp_path / "report.html")  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
 def test_writing_is_all_or_nothing(posterior: Posterior, tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     assert report(posterior, path, targets=[TARGET]) == path
@@ -453,10 +459,11 @@ def test_the_public_name_survives_an_import_of_the_package() -> None:
     """``bayeslr.report`` is a function for users even after ``import bayeslr.report``."""
     code = (
         "import bayeslr.report, bayeslr\n"
+        "from bayeslr.errors import SpecError\n"
         "from bayeslr.report import report\n"
         "assert callable(bayeslr.report) and callable(report)\n"
         "try: bayeslr.report(None, '/nowhere/at/all')\n"
-        "except AttributeError: pass\n"
+        "except SpecError: pass\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert callable(bayeslr.report)

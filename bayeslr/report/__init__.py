@@ -8,9 +8,11 @@ import sys
 import types
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from bayeslr import __version__
+from bayeslr.errors import SpecError
+from bayeslr.posterior import Posterior
 from bayeslr.predict import predict, require_targets
 from bayeslr.report import checks, provenance, scaling, slices, stability, targets
 from bayeslr.report.figures import LAW_DASHES
@@ -19,9 +21,6 @@ from bayeslr.report.rendering import render_page
 from bayeslr.runs import write_atomically
 from bayeslr.specs import Target
 from bayeslr.units import format_lr
-
-if TYPE_CHECKING:
-    from bayeslr.posterior import Posterior
 
 __all__ = ["report"]
 
@@ -57,11 +56,18 @@ def report(
 
     Raises
     ------
+    SpecError
+        ``posterior`` is none.
     DataError
         A target counts parameters otherwise than the runs.
     StorageError
         The file cannot be written.
     """
+    if not isinstance(posterior, Posterior):
+        raise SpecError(
+            f"report takes a posterior, got {type(posterior).__name__}; "
+            "bayeslr.Posterior.load(folder) reads one"
+        )
     path = Path(path)
     page = render(posterior, targets, validation, flops_per_second)
     write_atomically(path, page.encode("utf-8"))
@@ -175,12 +181,14 @@ def _eyebrow(posterior: Posterior, has_targets: bool) -> list[str]:
 
 
 def _scale_lead(posterior: Posterior, target: Target) -> str:
+    beyond = "A law that no figure shows lies beyond its frame; the table below has them all."
     if posterior.design is None:
-        return "What the published evidence says about the optimal LR around the target."
+        return f"What the published evidence says about the optimal LR around the target. {beyond}"
     family = f" of {target.family}" if target.family else ""
     return (
         f"The optimal LR{family} at sizes and horizons between the runs and {target.target_id}. "
-        "The bands are for a new run: they hold what is peculiar to a shape and a slice."
+        "The bands are for a new run: they hold what is peculiar to a shape and a slice. "
+        f"{beyond}"
     )
 
 
