@@ -137,6 +137,7 @@ def test_check_passes_mup_within_a_wide_bound(tmp_path: Path) -> None:
         (["--seeds", "0"], "--seeds must be >= 1"),
         (["--axis", "sparsity", "--parametrization", "moe_fixed_sparsity"], "use 'complete_mue'"),
         (["--axis", "colour"], "invalid choice: 'colour'"),
+        (["--option", "beta2=1"], r"beta2 must be in [0, 1), got 1"),
     ],
 )
 def test_what_check_cannot_use_is_said(tmp_path: Path, words: list[str], message: str) -> None:

@@ -49,6 +49,8 @@ class DataOptions:
             raise SpecError(f"options: val_fraction must be in (0, 1), got {self.val_fraction}")
         for name in ("synthetic_order", "synthetic_branching", "synthetic_tokens", "val_tokens"):
             _at_least(name, getattr(self, name), 1)
+        if self.vocab_size is not None:
+            _at_least("vocab_size", self.vocab_size, 1)
         _at_least("synthetic_vocab", self.synthetic_vocab, self.synthetic_branching)
 
 
@@ -75,6 +77,7 @@ class ModelOptions:
             _one_of("gates", self.gates, GATES)
         for name in ("balance_coef", "z_loss_coef", "bias_rate"):
             _at_least(name, getattr(self, name), 0)
+        _above_zero("rope_theta", self.rope_theta)
 
 
 GATES = ("softmax", "softmax_topk", "sigmoid", "sigmoid_topk")
@@ -101,8 +104,14 @@ class ScalingOptions:
     def __post_init__(self) -> None:
         for group, value in self.lr_multipliers.items():
             _one_of("lr_multipliers, group", group, GROUPS)
-            if not (math.isfinite(value) and value > 0):
-                raise SpecError(f"options: lr_multipliers.{group} must be > 0, got {value!r}")
+            _check_type(f"lr_multipliers.{group}", value, "float")
+            _above_zero(f"lr_multipliers.{group}", value)
+        for name in ("base_tokens", "base_batch_tokens"):
+            if getattr(self, name) is not None:
+                _above_zero(name, getattr(self, name))
+        for name in ("horizon_exponent", "depth_exponent"):
+            if not math.isfinite(getattr(self, name) or 0.0):
+                raise SpecError(f"options: {name} must be finite, got {getattr(self, name)}")
         if self.horizon_exponent and self.base_tokens is None:
             raise SpecError(
                 f"options: horizon_exponent = {self.horizon_exponent} needs base_tokens, "
@@ -118,6 +127,7 @@ class TrainOptions:
     threads: CPU threads of the child; None shares the machine's cores between ``workers``.
     partial_evals: validation losses taken along the undecayed trunk.
     checkpoint_steps replaces checkpoint_seconds where it is given.
+    grad_clip: largest norm of a step's gradient; 1e9 clips none.
     keep_trunk: leave the state before the last decay in the folder of a WSD run (12 bytes a
     parameter), for longer runs to go on from.
     """
@@ -143,8 +153,14 @@ class TrainOptions:
         for name in ("threads", "checkpoint_steps", "workers"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        for name in ("partial_evals", "checkpoint_seconds", "grad_clip"):
+        for name in ("partial_evals", "checkpoint_seconds"):
             _at_least(name, getattr(self, name), 0)
+        # Adam divides by adam_eps where a token was never seen; clipped to 0 nothing would move.
+        for name in ("grad_clip", "adam_eps"):
+            _above_zero(name, getattr(self, name))
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SpecError(f"options: {name} must be in [0, 1), got {getattr(self, name)}")
 
     @property
     def num_threads(self) -> int:
@@ -170,27 +186,51 @@ class Options:
         """Options from a flat table. Raises: SpecError on an unknown key or a broken rule."""
         parts = {"data": DataOptions, "model": ModelOptions, "scaling": ScalingOptions,
                  "train": TrainOptions}  # fmt: skip
-        names = {part: [f.name for f in dataclasses.fields(c)] for part, c in parts.items()}
-        allowed = sorted(name for part in names.values() for name in part)
+        types = {
+            part: {f.name: str(f.type) for f in dataclasses.fields(c)} for part, c in parts.items()
+        }
+        allowed = {name: wanted for part in types.values() for name, wanted in part.items()}
         unknown = sorted(set(raw) - set(allowed))
         if unknown:
             raise SpecError(
-                f"options: unknown key {unknown[0]!r}; allowed keys are {', '.join(allowed)}"
+                f"options: unknown key {unknown[0]!r}; allowed keys are "
+                f"{', '.join(sorted(allowed))}"
             )
-        try:
-            return cls(
-                **{
-                    part: parts[part](**{k: raw[k] for k in names[part] if k in raw})
-                    for part in parts
-                }
-            )
-        except TypeError as error:
-            raise SpecError(f"options: a value has the wrong type: {error}") from error
+        for name, value in raw.items():
+            _check_type(name, value, allowed[name])
+        return cls(
+            **{part: parts[part](**{k: raw[k] for k in types[part] if k in raw}) for part in parts}
+        )
+
+
+# By the name of a field's type: the types that a value may have, and how a person calls them.
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a number"),
+    "str": ((str,), "a text"),
+    "Mapping[str, Any]": ((Mapping,), "a table"),
+    "Mapping[str, float]": ((Mapping,), "a table of numbers"),
+    "None": ((type(None),), "left out"),
+}
+
+
+def _check_type(name: str, value: object, wanted: str) -> None:
+    kinds = [_TYPES[kind] for kind in wanted.split(" | ")]
+    types = [one for allowed, _ in kinds for one in allowed]
+    if not isinstance(value, tuple(types)) or (isinstance(value, bool) and bool not in types):
+        called = " or ".join(text for _, text in kinds)
+        raise SpecError(f"options: {name} must be {called}, got {value!r}")
 
 
 def _one_of(name: str, value: object, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise SpecError(f"options: {name} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def _above_zero(name: str, value: float) -> None:
+    if not (math.isfinite(value) and value > 0):
+        raise SpecError(f"options: {name} must be finite and > 0, got {value!r}")
 
 
 def _at_least(name: str, value: float, least: float) -> None:
