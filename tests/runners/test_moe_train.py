@@ -30,6 +30,7 @@ from tests.runners.stopping import train_stopped
 
 SHAPE = {"name": "tiny", "d_model": 16, "n_layers": 2, "n_heads": 2, "d_expert": 8,
          "n_experts": 4, "top_k": 2}  # fmt: skip
+TOP_1 = SHAPE | {"top_k": 1}
 OPTIONS = {"data": "synthetic", "synthetic_vocab": 16, "synthetic_order": 1, "synthetic_seed": 3,
            "synthetic_branching": 3, "synthetic_tokens": 40_000, "val_tokens": 2048, "threads": 1,
            "partial_evals": 2}  # fmt: skip
@@ -518,12 +519,17 @@ def test_a_bad_spec_is_one_clear_line(tmp_path: Path, text: str | None, message:
         ({"parametrization": "magic"}, "parametrization must be one of sp, mup"),
         ({"seq_len": 6400, "batch_tokens": 6400, "decay_at": ()}, "hold 4096 tokens, but seq_len"),
         ({"options": {"device": "cuda"}}, "sees no CUDA device"),
+        (
+            {"parametrization": "complete_mue", "shape": TOP_1, "options": {"base_shape": TOP_1}},
+            "gates 'sigmoid_topk' are normalised over the chosen experts",
+        ),
+        ({"shape": TOP_1, "options": {"gates": "softmax_topk"}}, "gates 'softmax_topk' are"),
     ],
 )
 def test_specs_that_the_trainer_cannot_train(
     tmp_path: Path, changes: dict[str, Any], message: str
 ) -> None:
-    if "options" in changes and torch.cuda.is_available():
+    if changes.get("options") == {"device": "cuda"} and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
     with pytest.raises(SpecError, match=message):
         train(folder(tmp_path, spec(**changes)))

@@ -8,7 +8,7 @@ from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import SPEC_FILE
 from bayeslr.specs import RunSpec
 from bayeslr_runners.moe.options import Options
-from bayeslr_runners.moe.parametrization import depends_on_horizon
+from bayeslr_runners.moe.parametrization import depends_on_horizon, rules_of
 from bayeslr_runners.moe.schedule import horizons
 from bayeslr_runners.moe.shapes import MoeShape
 
@@ -39,6 +39,13 @@ def check_spec(spec: RunSpec) -> None:
             f"run {spec.run_id}: under {spec.parametrization!r} with these options the LR or the "
             f"betas depend on the horizon, but decay_at is {list(spec.decay_at)}: the shorter ones "
             "would be measured at another LR than the record says; use one run a token count"
+        )
+    gates = options.model.gates or rules_of(spec).gates
+    if shape.has_router and shape.top_k == 1 and gates.endswith("_topk"):
+        raise SpecError(
+            f"run {spec.run_id}: gates {gates!r} are normalised over the chosen experts, so with "
+            "top_k = 1 each gate is 1 whatever the router says, and the tokens' loss never reaches "
+            "it; use options.gates = 'sigmoid' or 'softmax', or top_k >= 2"
         )
     if spec.continues_at % spec.batch_tokens:
         raise SpecError(
