@@ -74,8 +74,16 @@ def test_a_token_array_keeps_its_vocabulary(tmp_path: Path) -> None:
         load_corpus(DataOptions(data="path", path=str(path), vocab_size=500))
 
 
-@pytest.mark.parametrize("name", ["missing.txt", "floats.npy", "empty.txt", "folder"])
+@pytest.mark.parametrize(
+    "name",
+    ["missing.txt", "floats.npy", "text.npy", "empty.npy", "empty.txt", "empty.bin", "odd.bin",
+     "folder"],
+)  # fmt: skip
 def test_unusable_data_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "text.npy").write_text("no array")
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    for empty in ("empty.npy", "empty.bin"):
+        (tmp_path / empty).touch()
     np.save(tmp_path / "floats.npy", np.zeros(5))
     (tmp_path / "empty.txt").touch()
     (tmp_path / "folder").mkdir()

@@ -147,12 +147,16 @@ def _bytes_by_file(root: Path, relative_paths: list[str], options: DataOptions) 
 
 
 def _one_file(path: Path, options: DataOptions) -> Corpus:
-    if path.suffix == ".npy":
-        tokens: Tokens = np.load(path, mmap_mode="r")
-    elif path.suffix == ".bin":
-        tokens = np.memmap(path, dtype=np.uint16, mode="r")
-    else:
-        tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    try:
+        if path.suffix == ".npy":
+            tokens: Tokens = np.load(path, mmap_mode="r")
+        elif path.suffix == ".bin":
+            tokens = np.memmap(path, dtype=np.uint16, mode="r")
+        else:
+            tokens = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    # NumPy's words for a file that is empty, cut off or no array at all.
+    except (OSError, ValueError, EOFError) as error:
+        raise SpecError(f"options: cannot read {path} as an array of tokens: {error}") from error
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise SpecError(
             f"options: {path} must hold a one-dimensional array of whole numbers, got "
