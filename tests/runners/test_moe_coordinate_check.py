@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
 import pytest
+import torch
 
 from bayeslr.errors import SpecError
-from bayeslr_runners.moe.coordinate_check import judged, lines, plot, sizes
+from bayeslr_runners.moe.coordinate_check import judged, lines, main, plot, sizes
 from bayeslr_runners.moe.coordinates import Change
 from bayeslr_runners.moe.options import GROUPS
 from bayeslr_runners.moe.shapes import MoeShape
@@ -87,3 +89,15 @@ def test_the_table_and_the_plot_show_every_group(tmp_path: Path) -> None:
     assert "d_model 32, 64, 128, 256" in text
     plot(document, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").stat().st_size > 5000
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_device_that_is_not_there_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status = main([
+        "--parametrization=mup", "--axis=width", "--factor=2", "--seeds=1", f"--out={tmp_path}",
+        "--base", json.dumps(BASE), "--options", '{"device": "cuda"}',
+    ])  # fmt: skip
+    assert status == SpecError.exit_code
+    assert "sees no CUDA device" in capsys.readouterr().err

@@ -92,7 +92,7 @@ def _activations(model: MoeTransformer, corpus: Corpus, spec: RunSpec) -> dict[s
     input_BS, _ = next(
         val_batches(corpus, val_tokens=8 * spec.seq_len, num_sequences=8, seq_len=spec.seq_len)
     )
-    token_BS = torch.from_numpy(input_BS)
+    token_BS = torch.from_numpy(input_BS).to(model.embedding.device)
     with _recorded(model) as seen:
         logits_BSV, _ = model(token_BS)
     embedding = nn.functional.embedding(token_BS, model.embedding) * model.embedding_output

@@ -40,12 +40,17 @@ class Trainer:
     leading axis of R members, which never meet. What is returned is a list, one item a run.
     stacked: give a single run that axis too. On a CPU it then takes the steps that it takes among
     others, to the bit, for a few per cent more time (docs/log.md).
+    Raises: SpecError if the device that the options name is not there.
     """
 
     def __init__(
         self, specs: Sequence[RunSpec], corpus: Corpus, options: Options, *, stacked: bool = False
     ) -> None:
         spec = specs[0]
+        if options.train.device == "cuda" and not torch.cuda.is_available():
+            raise SpecError(
+                "options: device is 'cuda', but this PyTorch sees no CUDA device; use 'cpu'"
+            )
         self.stacked = stacked or len(specs) > 1
         shape = MoeShape.from_mapping(spec.shape)
         rules = [rules_of(one) for one in specs]
@@ -80,10 +85,6 @@ class Trainer:
     def build(cls, *specs: RunSpec, stacked: bool = False) -> Trainer:
         """Trainer of one or more specs, data loaded. Raises: SpecError if one breaks a rule."""
         options = Options.from_mapping(specs[0].options)
-        if options.train.device == "cuda" and not torch.cuda.is_available():
-            raise SpecError(
-                "options: device is 'cuda', but this PyTorch sees no CUDA device; use 'cpu'"
-            )
         corpus = load_corpus(options.data)
         check_lengths(corpus, seq_len=specs[0].seq_len)
         return cls(specs, corpus, options, stacked=stacked)
