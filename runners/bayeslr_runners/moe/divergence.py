@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 # Nats above the best smoothed loss that count as a blow-up. At the usual noise of a batch
 # (0.1 nats and less) no healthy run comes near it.
 SPIKE_NATS = 1.0
+# Nats below the first step's loss that put a validation loss below that of the start, too, whatever
+# the luck of the first batch.
+CLEAR_NATS = 0.5
 # Steps over which the training loss is smoothed.
 SMOOTHING_STEPS = 10
 # Smallest excess of the effective number of experts over top_k that is not a collapse.
@@ -42,13 +46,17 @@ class Watch:
         self.steps_blown_up = self.steps_blown_up + 1 if above else 0
         return "loss spike without recovery" if self.steps_blown_up >= self.patience else None
 
-    def judge(self, val_loss: float) -> str | None:
-        """The reason if a loss measured at the end of a horizon is no better than at the start."""
+    def judge(self, val_loss: float, initial_loss: Callable[[], float]) -> str | None:
+        """The reason if a loss measured at the end of a horizon is worse than at the start.
+
+        initial_loss: measures the latter on the same windows, so that an LR too low to move the
+        loss is not taken for one that is too high. Asked only where the first step's loss is near.
+        """
         if not math.isfinite(val_loss):
             return "non-finite loss"
-        if self.first is not None and val_loss >= self.first:
-            return "final loss not below the loss at initialisation"
-        return None
+        if self.first is None or val_loss < self.first - CLEAR_NATS:
+            return None
+        return "final loss above the loss at initialisation" if val_loss > initial_loss() else None
 
 
 def cause(reason: str, *, effective_experts: float | None, top_k: int, num_experts: int) -> str:

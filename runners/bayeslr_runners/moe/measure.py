@@ -36,14 +36,14 @@ def measure(
     seq_len: int,
     device: torch.device,
     initial_RTD: torch.Tensor,
-    direction: Direction,
+    direction: Direction | None,
 ) -> list[Measurement]:
     """Measure the loss over the validation windows, the same ones in every run.
 
     The standard error is that of the mean over windows. Runs share the windows, so a difference
     between two runs is much surer than it says. Returns one measurement a member of a stack.
     initial_RTD: the representation at initialisation, as `probe` gives it.
-    direction: the last step of each parameter.
+    direction: the last step of each parameter; without it nothing is said of alignment.
     """
     losses, loads, entropies = [], [], []
     for input_BS, target_BS in val_batches(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -237,8 +238,13 @@ class _Run:
 
     def _record_horizon(self, horizon: Horizon) -> None:
         found = dict(zip(self._ids(), self.trainer.measure(), strict=True))
-        judged = {m.spec.run_id: m.watch.judge(found[m.spec.run_id].loss) for m in self.members}
-        self._drop({run_id: reason for run_id, reason in judged.items() if reason is not None})
+        reasons = {}
+        for i, member in enumerate(self.members):
+            loss = found[member.spec.run_id].loss
+            reason = member.watch.judge(loss, functools.partial(self.trainer.initial_loss, i))
+            if reason is not None:
+                reasons[member.spec.run_id] = reason
+        self._drop(reasons)
         for member in self.members:
             self._append(
                 member,

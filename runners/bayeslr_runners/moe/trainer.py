@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bayeslr.errors import SpecError
 from bayeslr.specs import RunSpec
+from bayeslr_runners.moe.alignment import Direction
 from bayeslr_runners.moe.data import Corpus, check_lengths, load_corpus, train_batch
 from bayeslr_runners.moe.measure import Measurement, autocast, effective_experts, measure
 from bayeslr_runners.moe.model import NAMING, LayerStats, MoeTransformer
@@ -58,6 +59,7 @@ class Trainer:
         self.device = torch.device(options.train.device)
         self._rules = rules[0]
         self._initial_RTD: Tensor | None = None
+        self._initial_losses: list[float] | None = None
         self.model = self._initial_model()
         loss = self.model.loss
         self.loss = torch.compile(loss) if options.train.compile else loss
@@ -135,23 +137,33 @@ class Trainer:
 
     def measure(self) -> list[Measurement]:
         """Measure the validation loss and the network's state."""
+        measured = self._measured(self.model, self.optimizer.direction)
+        for one, ratios in zip(measured, self.optimizer.update_ratios(), strict=True):
+            one.diagnostics["update_ratio"] = ratios
+        return measured
+
+    def initial_loss(self, member: int) -> float:
+        """Validation loss of a run before its first step."""
+        if self._initial_losses is None:
+            measured = self._measured(self._initial_model(), None)
+            self._initial_losses = [one.loss for one in measured]
+        return self._initial_losses[member]
+
+    def _measured(self, model: MoeTransformer, direction: Direction | None) -> list[Measurement]:
         spec = self.specs[0]
         if self._initial_RTD is None:  # from the seeds: a resumed run has left it behind
             state = probe(self._initial_model(), self.corpus, spec.seq_len, self.device)
             self._initial_RTD = state.hidden_RTD
-        measured = measure(
-            self.model,
+        return measure(
+            model,
             self.corpus,
             val_tokens=self.options.data.val_tokens,
             batch_sequences=spec.batch_tokens // spec.seq_len,
             seq_len=spec.seq_len,
             device=self.device,
             initial_RTD=self._initial_RTD,
-            direction=self.optimizer.direction,
+            direction=direction,
         )
-        for one, ratios in zip(measured, self.optimizer.update_ratios(), strict=True):
-            one.diagnostics["update_ratio"] = ratios
-        return measured
 
     def state(self) -> list[dict[str, Any]]:
         """A copy of weights, optimizer moments and buffers of each run, on the CPU, as if alone."""
