@@ -81,7 +81,7 @@ def blend(
     runs: of one parametrisation, for an LR of one does not compare with an LR of another.
     Raises: DataError if the table mixes parametrisations or holds no usable run.
     """
-    kinds = sorted(runs.frame["parametrization"].dropna().unique())
+    kinds = sorted(runs.frame["parametrization"].fillna("sp").unique())
     if len(kinds) > 1:
         raise DataError(
             f"a transferred LR is that of one parametrization; the runs have {', '.join(kinds)}"

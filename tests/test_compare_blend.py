@@ -153,9 +153,12 @@ BIG = Target(
 )
 
 
-def test_runs_of_two_parametrisations_are_refused() -> None:
+@pytest.mark.parametrize("other", ["sp", None])
+def test_runs_of_two_parametrisations_are_refused(other: str | None) -> None:
+    """One that is not stated counts as sp, in another family too."""
     table = ladder(0.0)
-    table.frame.loc[:4, "parametrization"] = "sp"
+    table.frame.loc[:4, "family"] = "g"
+    table.frame.loc[:4, "parametrization"] = other
     with pytest.raises(DataError, match=r"one parametrization; the runs have mup, sp"):
         blend(table, [BIG])
 
