@@ -226,6 +226,14 @@ def test_a_baseline_without_an_answer_is_left_out(
     assert "was left out: too few vertices" in (tmp_path / "report.html").read_text()
 
 
+def test_arms_that_the_budget_does_not_reach_are_named(tmp_path: Path, stand_ins: None) -> None:
+    """The grid takes 0.96e12 FLOPs; a run on the base shape 0.24e12."""
+    result = compared(tmp_path, compare__num_seeds=1, compare__proxy_flops=1e12)
+    assert [arm.name for arm in result.arms] == ["fitting", "fitting, two-stage", "transfer"]
+    assert set(result.details["left_out"]) == {"transfer, modules", "transfer, posterior"}
+    assert "less than one run of it" in (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("lr", [1e4, float("nan"), 1e-12])
 def test_lrs_that_no_run_can_have_are_left_out(lr: float) -> None:
     recipe = parse_compare_recipe(recipe_document())

@@ -84,6 +84,7 @@ def choose(
         targets = targets_of(recipe.fitting, runner_of["fitting"])
         fitted, left_out = _fitting_arms(recipe, out / "fitting", targets, retry, progress)
         carried, details = _transfer_arms(recipe, transfer, targets, out / "transfer", progress)
+        left_out |= _unaffordable(recipe, transfer)
         arms = _trainable([*fitted, *carried], recipe, left_out)
         details["left_out"] = left_out
         for name, why in left_out.items():
@@ -100,6 +101,13 @@ def choose(
         ),
         details=document["details"],
     )  # fmt: skip
+
+
+def _unaffordable(recipe: CompareRecipe, transfer: _Proxies) -> dict[str, str]:
+    """Why an arm that the recipe asks for has no run of its own, by arm."""
+    why = "what the LR grid left of proxy_flops is less than one run of it"
+    asked = ((MODULES, recipe.modules, transfer.modules), (BLEND, recipe.rungs, transfer.rungs))
+    return {name: why for name, wanted, trials in asked if wanted and not trials}
 
 
 def _trainable(arms: Sequence[Arm], recipe: CompareRecipe, left_out: dict[str, str]) -> list[Arm]:
