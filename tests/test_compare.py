@@ -166,6 +166,14 @@ def test_a_trainer_that_never_works_is_named(tmp_path: Path, stand_ins: None) ->
         ({"options__lr_multipliers": {"head": 2}}, "which searches them"),
         ({"targets": [{"target_id": "x", "tokens": 1e6, "batch_tokens": 4096}]}, "needs a shape"),
         ({"fitting": None}, r"\[fitting\] is missing"),
+        ({"fitting__parametrization": "mup"}, "both under 'mup', but base_shape is None and"),
+        (
+            {
+                "fitting__parametrization": "mup",
+                "fitting__options": {"base_shape": {"n_active": 100_000, "n_total": 200_000}},
+            },
+            r"base_tokens is None and 400000.*set base_tokens in \[fitting.options\]",
+        ),
     ],
 )
 def test_mistakes_in_a_recipe_are_named(changes: dict[str, Any], message: str) -> None:

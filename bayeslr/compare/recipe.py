@@ -88,6 +88,22 @@ class CompareRecipe:
             )
         if any("shape" not in target for target in self.fitting.targets):
             raise SpecError("each of [[targets]] needs a shape, so that it can be trained")
+        self._check_one_valley()
+
+    def _check_one_valley(self) -> None:
+        """Under one parametrisation both paradigms choose an LR of one valley: of one base."""
+        both = (self.fitting, self.transfer)
+        kinds = {recipe.run["parametrization"] for recipe in both}
+        if len(kinds) > 1 or kinds == {"sp"}:
+            return
+        for name in ("base_shape", "base_tokens", "base_batch_tokens"):
+            fitting, transfer = (_nameless(recipe.options.get(name)) for recipe in both)
+            if fitting != transfer:
+                raise SpecError(
+                    f"[fitting] and [transfer] are both under {kinds.pop()!r}, but {name} is "
+                    f"{fitting} and {transfer}, so an LR of one is another LR of the other; set "
+                    f"{name} in [fitting.options] to that of [transfer]"
+                )
 
     @property
     def seed(self) -> int:
@@ -219,6 +235,13 @@ def _transfer_recipe(
 
 def _named(target: Mapping[str, Any], number: int) -> dict[str, Any]:
     return {"target_id": f"target{number}", **target}
+
+
+def _nameless(value: Any) -> Any:
+    """A shape without its name; anything else as it is."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: one for key, one in value.items() if key != "name"}
 
 
 def _modules(table: Mapping[str, Any], where: str) -> Modules:
