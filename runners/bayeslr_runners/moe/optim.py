@@ -30,9 +30,10 @@ def param_groups(
     naming: patterns of parameter names (as in `fnmatch`) to module groups; the first match counts.
     weight_decay: with ``coupled`` a step shrinks weights by LR x weight_decay, as PyTorch does;
     with ``independent`` by weight_decay x (LR / peak LR), whatever the LR and the tuned multiplier
-    of a group. The LR rule of a group changes the coupled shrinkage and its weight-decay rule makes
-    up for it, so the independent one follows the product of the two: 1 over width, and what the
-    sources' own rules make it over depth and horizon (``complete_mue``: rho_B / rho_D).
+    of a group. Where the rules of LR and weight decay make up for each other, as over width under
+    ``mup`` and its kin, neither kind changes with the shape; elsewhere the independent one follows
+    the product of the two (``complete_mue``: 1 / m_N x rho_B / rho_D, for it scales no decay by
+    the width).
     Raises: SpecError if a parameter's name matches no pattern, or a group that the rules lack.
     """
     found: dict[str, list[nn.Parameter]] = {}

@@ -22,9 +22,10 @@ def transfer_rules(
     base, target: keys of a shape, and ``tokens`` and ``batch_tokens`` of the run where the rules
     of horizon and batch are wanted. What ``target`` leaves out is as in ``base``, but for the
     number of heads and the expert width, which follow d_model.
-    Returns: JSON values. ``init_std`` is absolute; LR, weight decay (coupled to the LR), epsilon
-    and output are multipliers of the base's. Raises: SpecError if a key or a rule is broken, or the
-    tokens or batch of the target have none to be compared with.
+    Returns: JSON values. ``init_std`` and the multiplier of the output are absolute; LR, weight
+    decay (coupled to the LR) and epsilon are multipliers of the base's.
+    Raises: SpecError if a key or a rule is broken, or the tokens or batch of the target have none
+    to be compared with.
     """
     base_shape = MoeShape.from_mapping(_shape_part(base))
     full_target = completed(base, target)
