@@ -176,6 +176,22 @@ def test_a_reason_is_given_only_where_it_shows() -> None:
     assert "because its LRs lay nearer" in sure.sentence
 
 
+@pytest.mark.parametrize(
+    "world",
+    [
+        # The worse valley's bottom is not among its LRs, so it may be no higher than the other's.
+        {"gaps": {**LEVEL, "sp": 0.05}, "optimum": {**BOTTOM, "sp": 1.2e-3}},
+        # The better arm's regret is not known in full, so it may be no smaller than the other's.
+        {"optimum": {**BOTTOM, "sp": 2.4e-3, "mup": 2.2e-2}},
+    ],
+)
+def test_no_reason_where_the_bottom_it_rests_on_was_not_trained(world: dict[str, Any]) -> None:
+    judged, _, _ = judge(3, noise=0.001, **world)
+    assert judged.winner is not None
+    assert "because" not in judged.sentence, judged.sentence
+    assert "the best LR for fitting may lie beyond those trained" in judged.sentence
+
+
 def test_module_wise_tuning_has_its_own_clause() -> None:
     worse, _, _ = judge(3, gaps={**LEVEL, "mup with module LRs": 0.05})
     # 4 standard errors of a difference over two targets and three paired seeds: 0.0092.

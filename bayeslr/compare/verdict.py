@@ -67,18 +67,30 @@ def verdict(
     text = (
         f"{PARADIGM[winner]} served better here ({compute}): its LRs ended "
         f"{abs(found.total.value):.4f} nats lower ({_interval(found.total, absolute=True)}{over}), "
-        f"{_why(found)}"
+        f"{_why(found, outcomes)}"
     )
     return Verdict(winner=winner, sentence=f"{text}{_modules(differences, outcomes)}.")
 
 
-def _why(found: Difference) -> str:
-    """Whether the LRs or the valleys made the difference, if that can be told."""
+def _why(found: Difference, outcomes: Sequence[Outcome]) -> str:
+    """Whether the LRs or the valleys made the difference, if that can be told.
+
+    Where a valley's lowest loss is at the end of its LRs, its bottom lies lower still: that of the
+    worse arm may be no higher than the other's, that of the better one no nearer to its choice.
+    """
     sign = 1.0 if found.total.value > 0 else -1.0
     by_lr, by_valley = sign * found.by_regret.value, sign * found.by_valley.value
     parts = f"{_signed(by_lr)} through the LR, {_signed(by_valley)} through the valley"
+    unsure = "whether by its LRs or by its valleys these runs do not say"
     if not (found.by_regret if by_lr >= by_valley else found.by_valley).settled:
-        return f"whether by its LRs or by its valleys these runs do not say ({parts})"
+        return f"{unsure} ({parts})"
+    better, worse = (
+        (found.second, found.first) if found.total.value > 0 else (found.first, found.second)
+    )
+    doubtful = better if by_lr >= by_valley else worse
+    at_edge = [o for o in outcomes if o.arm == doubtful and o.target_id in found.targets]
+    if any(outcome.beyond_edge for outcome in at_edge):
+        return f"{unsure}: the best LR for {doubtful} may lie beyond those trained ({parts})"
     if by_lr >= by_valley:
         return f"because its LRs lay nearer to the bottom of their valleys ({parts})"
     return (
