@@ -163,6 +163,28 @@ def test_the_sentence_says_who_and_why(
         assert word in judged.sentence
 
 
+def test_the_sentence_says_what_either_spent() -> None:
+    """A sweep may stop before its budget is spent."""
+    judged, outcomes, found = judge(3)
+    assert "(with 1.2T FLOPs of proxies each)" in judged.sentence
+    arms = [
+        dataclasses.replace(a, proxy_flops=3e11) if a.name == FITTING else a for a in made_up_arms()
+    ]
+    less = verdict(arms, outcomes, found).sentence
+    assert "(with 300B FLOPs of proxies for Fitting and 1.2T for Transfer)" in less
+
+
+def test_runs_that_broke_are_no_better_than_runs_that_diverged() -> None:
+    _, outcomes, found = judge(3, diverge_at=FITTING)
+    broken = [
+        dataclasses.replace(o, states=("failed",) * 3, loss=None) if o.arm == TRANSFER else o
+        for o in outcomes
+    ]
+    judged = verdict(made_up_arms(), broken, {**found, TRANSFER: None})
+    assert judged.winner is None
+    assert "cannot tell" in judged.sentence
+
+
 def test_a_reason_is_given_only_where_it_shows() -> None:
     part = Estimate(value=0.02, low=-0.01, high=0.05)
     whole = Estimate(value=0.03, low=0.01, high=0.05)

@@ -50,16 +50,16 @@ def _page(result: Comparison, targets: Sequence[Target]) -> dict[str, Any]:
         else f"Fitting against transfer: {PARADIGM[winner]} served better",
         "eyebrow": [
             recipe.name,
-            f"{format_quantity(recipe.proxy_flops)} FLOPs of proxies each",
+            f"at most {format_quantity(recipe.proxy_flops)} FLOPs of proxies each",
             f"{num_runs} held-out runs, {counted(recipe.num_seeds, 'seed')}",
         ],
         "sentence": result.verdict.sentence,
         "plain": winner is None,
         "mark": "Undecided" if winner is None else "Decided",
         "rule": (
-            "A paradigm counts as better if the other's choices diverged and its own did not, or "
-            "if the 90 % interval of the difference at the chosen LRs excludes zero. Where there "
-            "is no difference, 1 comparison in 10 finds one."
+            "A paradigm counts as better if runs at the other's choices diverged and all at its "
+            "own ended well, or if the 90 % interval of the difference at the chosen LRs excludes "
+            "zero. Where there is no difference, 1 comparison in 10 finds one."
         ),
         "outcome_lead": (
             "Each held-out model, trained at the LR that each way of choosing named for it, under "

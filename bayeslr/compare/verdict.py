@@ -33,15 +33,14 @@ def verdict(
     """Judge Transfer (one global LR) against Fitting (the Bayesian law).
 
     differences: by arm, that arm minus the one it is judged against: ``transfer`` minus
-    ``fitting``, ``transfer, modules`` minus ``transfer``. A paradigm wins if the other's choices
-    diverged and its own did not, else if the 90 % interval of the difference excludes zero; where
-    there is no difference, that happens in 1 of 10 comparisons.
+    ``fitting``, ``transfer, modules`` minus ``transfer``. A paradigm wins if runs at the other's
+    choices diverged and all at its own ended well, else if the 90 % interval of the difference
+    excludes zero; where there is no difference, that happens in 1 of 10 comparisons.
     """
-    spent = max(arm.proxy_flops for arm in arms)
     lost = {name: _diverged(outcomes, name) for name in (FITTING, TRANSFER)}
-    compute = f"with {format_quantity(spent)} FLOPs of proxies each"
-    if bool(lost[FITTING]) != bool(lost[TRANSFER]):
-        winner, loser = (FITTING, TRANSFER) if lost[TRANSFER] else (TRANSFER, FITTING)
+    compute = _compute(arms)
+    winner, loser = (FITTING, TRANSFER) if lost[TRANSFER] else (TRANSFER, FITTING)
+    if lost[loser] and _all_ended(outcomes, winner):
         text = (
             f"{PARADIGM[winner]} served better here ({compute}): {lost[loser]} of the held-out "
             f"runs at the LRs that {loser} chose diverged, none at those that {winner} chose"
@@ -70,6 +69,15 @@ def verdict(
         f"{_why(found, outcomes)}"
     )
     return Verdict(winner=winner, sentence=f"{text}{_modules(differences, outcomes)}.")
+
+
+def _compute(arms: Sequence[Arm]) -> str:
+    """What the proxies of both paradigms cost: either may end with some of its budget left."""
+    spent = {arm.name: format_quantity(arm.proxy_flops) for arm in arms}
+    fitting, transfer = spent[FITTING], spent[TRANSFER]
+    if fitting == transfer:
+        return f"with {fitting} FLOPs of proxies each"
+    return f"with {fitting} FLOPs of proxies for Fitting and {transfer} for Transfer"
 
 
 def _why(found: Difference, outcomes: Sequence[Outcome]) -> str:
@@ -121,6 +129,11 @@ def _modules(differences: Mapping[str, Difference | None], outcomes: Sequence[Ou
 def _diverged(outcomes: Sequence[Outcome], arm: str) -> int:
     """Runs at an arm's choices that diverged."""
     return sum(state == "diverged" for o in outcomes if o.arm == arm for state in o.states)
+
+
+def _all_ended(outcomes: Sequence[Outcome], arm: str) -> bool:
+    """Whether every run at an arm's choices ended well."""
+    return all(state == "ok" for o in outcomes if o.arm == arm for state in o.states)
 
 
 def _interval(estimate: Estimate, *, absolute: bool = False) -> str:
