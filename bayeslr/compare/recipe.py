@@ -10,7 +10,16 @@ from typing import Any
 
 from bayeslr.errors import SpecError
 from bayeslr.loop import find_recipe, resolve_paths
-from bayeslr.specs import LrGrid, Recipe, Space, check_keys, parse_recipe, read_recipe_file
+from bayeslr.specs import (
+    MODULE_GROUPS,
+    LrGrid,
+    Recipe,
+    Space,
+    check_keys,
+    make_spec,
+    parse_recipe,
+    read_recipe_file,
+)
 from bayeslr.units import parse_count, parse_quantity
 
 TABLES = ("compare", "fitting", "transfer", "targets", "run", "options")
@@ -42,6 +51,12 @@ class Modules:
             raise SpecError(
                 f"[transfer.modules] groups must be different module groups, got {self.groups}"
             )
+        for group in self.groups:
+            if group not in MODULE_GROUPS:
+                raise SpecError(
+                    f"[transfer.modules] groups must be a list of {', '.join(MODULE_GROUPS)}, got "
+                    f"{group!r}"
+                )
         if not self.factors or any(not f > 0 or f == 1 for f in self.factors):
             raise SpecError(
                 "[transfer.modules] factors must be > 0 and not 1 (what was best so far is in the "
@@ -222,7 +237,7 @@ def _transfer_recipe(
         family=f"{name} {parametrization}",
         prior=table.get("prior", "transfer"),
         space=Space(
-            lr=LrGrid(**table["lr"]),
+            lr=make_spec(LrGrid, table["lr"], f"{where}, [transfer.lr]"),
             tokens=(tokens,),
             batch_tokens=(batch_tokens,),
             shapes=(base, *(dict(shape) for shape in table.get("rungs", ()))),
