@@ -224,6 +224,14 @@ def test_module_wise_tuning_has_its_own_clause() -> None:
     assert re.search(r"module by module gained 0\.0[456]\d* nats against one LR", better.sentence)
 
 
+@pytest.mark.parametrize("value", [Estimate(value=0.0, low=0.0, high=0.0), Estimate(value=0.0)])
+def test_modules_that_changed_nothing_are_said_to(value: Estimate) -> None:
+    _, outcomes, found = judge(3)
+    same = dataclasses.replace(found[MODULES], total=value)
+    judged = verdict(made_up_arms(), outcomes, {**found, MODULES: same})
+    assert "module by module on the base shape found nothing to change" in judged.sentence
+
+
 def test_regret_is_read_on_the_own_valley_and_gap_over_all() -> None:
     gaps = {"sp": 0.0, "mup": 0.1, "mup with module LRs": 0.2}
     _, outcomes, found = judge(4, gaps=gaps, noise=1e-6)

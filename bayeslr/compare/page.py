@@ -171,7 +171,9 @@ def _difference_rows(result: Comparison) -> list[dict[str, Any]]:
     for found in result.differences.values():
         if found is None:
             continue
-        if found.total.low is None:
+        if found.total.value == 0:
+            says = "the same choice"
+        elif found.total.low is None:
             says = "one seed: cannot tell"
         elif not found.total.settled:
             says = "cannot tell"

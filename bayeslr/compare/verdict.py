@@ -113,6 +113,8 @@ def _modules(differences: Mapping[str, Difference | None], outcomes: Sequence[Ou
     found = differences.get(MODULES)
     if found is None:
         return "; with LRs module by module no target has runs of both that ended well"
+    if found.total.value == 0:  # the runs of one valley at one LR
+        return "; tuning the LR module by module on the base shape found nothing to change"
     if not found.total.settled:
         interval = f" ({_interval(found.total)})" if found.total.low is not None else ""
         return (
