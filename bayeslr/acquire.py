@@ -512,10 +512,12 @@ def propose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequ
 def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Sequence[Target], *,
            num_runs: int, budget_flops: float, seed: int,
            weights: Sequence[float] | None = None, only_paying: bool = True,
-           price_ends: bool = False) -> Plan:  # fmt: skip
+           price_ends: bool = False,
+           under_way: Sequence[RunSpec] = ()) -> Plan:  # fmt: skip
     """As `propose`, with the regret before and after, and the reason for stopping.
 
-    price_ends: say of every proposal what its end is worth under way.
+    price_ends: say of every proposal what its end is worth under way. under_way: runs that others
+    are making now; what they will tell is expected, and counts for nothing again.
 
     Of candidates that share a trunk one at most is proposed: the others' price would be another.
     """
@@ -528,10 +530,15 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     if not candidates:
         return Plan(proposals=(), regret_now=math.nan, regret_after=math.nan,
                     stop_reason="every run of the space has been made")  # fmt: skip
-    beliefs = _Beliefs(posterior, candidates, targets, weight / weight.sum(), seed)
-    market = _Market(beliefs, candidates, targets, weight)
+    # What is under way is for sale at no price.
+    every = [*candidates, *(Candidate(spec=spec, flops=math.inf) for spec in under_way)]
+    beliefs = _Beliefs(posterior, every, targets, weight / weight.sum(), seed)
+    market = _Market(beliefs, every, targets, weight)
     cost = market.cost
     regret_now = beliefs.regret()
+    begun = range(len(candidates), len(every))
+    for i in begun:
+        market.buy(i)
     left = budget_flops
     proposals: list[Proposal] = []
     bought: list[tuple[int, set[int]]] = []  # with what was bought before and together
@@ -576,7 +583,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
                     changed=changed,
                 )
             )
-            bought.append((i, {*group, *(j for j, _ in bought)} - {i}))
+            bought.append((i, {*begun, *group, *(j for j, _ in bought)} - {i}))
             market.buy(i)
             left -= candidates[i].flops
     if price_ends:

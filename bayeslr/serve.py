@@ -3,8 +3,8 @@
 ``python -m bayeslr.serve`` reads one request a line and answers each with one line:
 
     {"op": "choose", "runs": [row, ...], "tables": [path, ...], "prior": card, "seed": 1,
-     "candidates": [run spec, ...], "flops": [...], "targets": [target, ...], "num_runs": 1,
-     "choice_seed": 7}
+     "candidates": [run spec, ...], "flops": [...], "under_way": [run spec, ...],
+     "targets": [target, ...], "num_runs": 1, "choice_seed": 7}
         -> {"chosen": [index, ...], "reasons": [...], "stop_reason": "...", "regret_now": nats,
             "verdict": "...", "set_aside": "..."}
     {"op": "predict", "runs": [...], "tables": [...], "prior": card, "seed": 1, "targets": [...]}
@@ -12,11 +12,11 @@
             "trustworthy": true, "set_aside": "..."}
 
 ``runs`` are rows of the run table, ``tables`` files of them; ``set_aside`` says which of them broke
-its rules and do not count, and is empty as a rule. What went wrong is answered by
-{"error": "..."}; what is no finite number is null. The last posterior is kept: two requests about
-the same runs fit once. A fit of few draws that fails its gate is made again with all of them, as in
-a sweep; if that fails too, nothing is chosen by it (the error is its verdict), and predictions say
-that they are not trustworthy.
+its rules and do not count, and is empty as a rule. ``under_way``, which may be left out, are runs
+that others are making now. What went wrong is answered by {"error": "..."}; what is no finite
+number is null. The last posterior is kept: two requests about the same runs fit once. A fit of few
+draws that fails its gate is made again with all of them, as in a sweep; if that fails too, nothing
+is chosen by it (the error is its verdict), and predictions say that they are not trustworthy.
 """
 
 from __future__ import annotations
@@ -61,9 +61,10 @@ class Server:
         targets = _specs(Target, request, "targets")
         if not targets:
             raise SpecError("targets must hold at least one target, got none")
-        candidates, num_runs, choice_seed = [], 0, 0
+        candidates, under_way, num_runs, choice_seed = [], [], 0, 0
         if op == "choose":
             candidates = _candidates(request)
+            under_way = _specs(RunSpec, request, "under_way") if "under_way" in request else []
             num_runs, choice_seed = _whole(request, "num_runs", 1), _whole(request, "choice_seed")
         table = _table(request)
         set_aside = first_reasons(table.quarantine)
@@ -81,7 +82,7 @@ class Server:
             raise UntrustworthyFit(verdict)
         plan = acquire.choose(
             posterior, candidates, targets, num_runs=num_runs,
-            budget_flops=math.inf, seed=choice_seed, only_paying=False,
+            budget_flops=math.inf, seed=choice_seed, only_paying=False, under_way=under_way,
         )  # fmt: skip
         place = {id(c.spec): i for i, c in enumerate(candidates)}
         return {

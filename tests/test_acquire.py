@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from bayeslr import acquire
-from bayeslr.acquire import Proposal, _Beliefs, choose, plan, propose
+from bayeslr.acquire import Plan, Proposal, _Beliefs, choose, plan, propose
 from bayeslr.errors import SpecError
 from bayeslr.posterior import Posterior
 from bayeslr.predict import prior_posterior
@@ -86,6 +86,28 @@ def test_a_second_run_of_a_slice_goes_to_the_side_and_not_to_the_same_lr(
     assert again < 0.03 * before
     beliefs.observe(2)
     assert beliefs.regret() < 0.97 * before
+
+
+def test_what_others_are_making_is_expected_and_not_bought(posterior: Posterior) -> None:
+    """With one LR of a slice under way another tells its LR*, and the same one nothing."""
+    calm = never_diverging(posterior)
+    again, side = candidate("again", u=0.0), candidate("side", u=-1.4)
+
+    def found(runs: list[Candidate], under_way: list[Candidate]) -> Plan:
+        return choose(
+            calm, runs, GOAL, num_runs=9, budget_flops=1e21, seed=1, only_paying=False,
+            under_way=[run.spec for run in under_way],
+        )  # fmt: skip
+
+    beside = found([again, side], [candidate("first", u=0.0)])
+    first, *rest = beside.proposals
+    assert first.spec.run_id == "side"
+    assert first.saves_nats > 0.1 * beside.regret_now
+    # 400 draws leave 3 % of the regret to chance.
+    assert sum(p.saves_nats for p in rest) < 0.03 * beside.regret_now
+    (twice,) = found([again], [candidate("first", u=-1.4)]).proposals
+    (alone,) = found([again], []).proposals
+    assert twice.saves_nats > alone.saves_nats
 
 
 def test_decay_branches_of_one_run_share_their_noise(posterior: Posterior) -> None:

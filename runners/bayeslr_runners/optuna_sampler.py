@@ -313,14 +313,18 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
             spec = self._spec(options[i], {**agreed, **self._known(options[i])})
             runs.setdefault(json.dumps(spec), (options[i], spec))
         pairs = [runs[text] for text in sorted(runs)]
-        # Runs that others are making now: what they will tell is expected, not told twice.
-        waiting = sum(t.state == TrialState.RUNNING and t.number < trial.number for t in trials)
+        # Runs that others are making now: what they will tell is expected, not told twice. Who is
+        # still asking for one will get the best that is left.
+        others = [t for t in trials if t.state == TrialState.RUNNING and t.number != trial.number]
+        under_way = {t.number: self._begun(t, agreed) for t in others}
+        asking = sum(spec is None and n < trial.number for n, spec in under_way.items())
         reply = self._ask(
             {
                 "op": "choose", **self._request(trials),
                 "candidates": [spec for _, spec in pairs],
                 "flops": [train_flops(spec["n_active"], spec["tokens"]) for _, spec in pairs],
-                "num_runs": waiting + 1,
+                "under_way": [spec for spec in under_way.values() if spec is not None],
+                "num_runs": asking + 1,
                 "choice_seed": int(self._rng(trial.number).integers(2**31)),
             }
         )  # fmt: skip
@@ -368,6 +372,18 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
         known = {k: params[k] for k in (*ATTRIBUTES, *OPTIONAL) if k in params}
         return _native(known | _described(self.describe, params))
 
+    def _told(self, trial: FrozenTrial) -> dict[str, Any]:
+        """What a trial's parameters and attributes say of its run. Raises: SpecError."""
+        own = {k: v for k, v in trial.user_attrs.items() if k in (*ATTRIBUTES, *OPTIONAL)}
+        return {**self._known(trial.params), **_native(own)}
+
+    def _begun(self, trial: FrozenTrial, agreed: Mapping[str, Any]) -> dict[str, Any] | None:
+        """Spec of a run under way; None where not enough is known of it yet."""
+        with contextlib.suppress(SpecError):
+            if self._lr in trial.params:
+                return self._spec(trial.params, {**agreed, **self._told(trial)})
+        return None
+
     def _row(self, trial: FrozenTrial, agreed: Mapping[str, Any]) -> dict[str, Any] | None:
         """Row of the run table; None for a trial that says nothing of its LR."""
         status = _status(trial)
@@ -380,8 +396,7 @@ class ScalingLawSampler(BaseSampler):  # type: ignore[misc]
                 f"{where} has {lr!r} for the peak LR {self._lr!r}, which must be a number > 0; "
                 "ScalingLawSampler(lr=...) says which parameter it is"
             )
-        own = {k: v for k, v in trial.user_attrs.items() if k in (*ATTRIBUTES, *OPTIONAL)}
-        known = {**agreed, **self._known(trial.params), **_native(own)}
+        known = {**agreed, **self._told(trial)}
         self._require(known, where)
         return {
             **_ASSUMED,

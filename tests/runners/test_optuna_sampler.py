@@ -116,6 +116,23 @@ def test_runs_under_way_are_not_told_twice() -> None:
     assert len(set(found)) == len(found)
 
 
+def test_runs_under_way_are_told_as_they_are() -> None:
+    """Those whose LR is not known yet will get the best that is left: so many are passed over."""
+    made = sampler(num_startup_trials=1)
+    sent = listened_to(made, chosen=[0, 1, 2], reasons=["first", "second", "third"])
+    s = study(None, made)
+    s.optimize(objective, n_trials=1)
+    objective(one := s.ask())
+    objective(other := s.ask())
+    s.ask()  # has not asked for its parameters yet
+    objective(s.ask())
+    lrs = [trial.params["lr"] for trial in (one, other)]
+    told = [[spec["lr"] for spec in request["under_way"]] for request in sent]
+    assert told == [[], lrs[:1], lrs]
+    assert [request["num_runs"] for request in sent] == [1, 1, 2]
+    assert sent[1]["under_way"][0]["n_active"] == one.params["n_active"]
+
+
 def test_what_a_killed_process_was_training_is_proposed_again(tmp_path: Path, root: Path) -> None:
     url = f"sqlite:///{tmp_path / 's.db'}"
     made = sampler(describe=one_model, num_startup_trials=2, command=("none",))
