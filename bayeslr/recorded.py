@@ -36,6 +36,9 @@ MAX_START_RUNS = 6
 
 QUANTILE_LEVELS = {"lr_q05": 0.05, "lr_q25": 0.25, "lr_q50": 0.5, "lr_q75": 0.75, "lr_q95": 0.95}
 
+_ROUNDING = 1e-12
+"""Share of a budget that sums of costs in another order may differ by."""
+
 _SLICE_KEY = ["family", "n_active", "n_total", "tokens", "batch_tokens"]
 
 
@@ -130,8 +133,11 @@ class Campaign:
 
     @property
     def left_flops(self) -> float:
-        """FLOPs that are not spent."""
-        return self.budget_flops - math.fsum(self.pool.flops[self.bought])
+        """FLOPs that are not spent, and what rounding may come to: a budget of the whole pool buys
+        the last run too, in whatever order.
+        """
+        budget = self.budget_flops * (1.0 + _ROUNDING)
+        return budget - math.fsum(self.pool.flops[self.bought])
 
     def buy(self, run: int) -> None:
         """Pay for a run. Raises: SpecError if it was bought before or does not fit the budget."""

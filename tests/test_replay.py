@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -160,6 +161,21 @@ def test_a_run_is_bought_once_and_within_the_budget(pool: Pool) -> None:
         made.buy(made.bought[0])
     with pytest.raises(SpecError, match="are left"):
         made.buy(int(np.argmax(pool.flops)))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_budget_of_the_whole_pool_buys_every_run(pool: Pool, seed: int) -> None:
+    """In whatever order, for whoever sums up what is left in another way."""
+    cost = np.random.default_rng(seed).uniform(1.0, 2.0, size=pool.slice_of_run.max() + 1)
+    odd = dataclasses.replace(pool, flops=pool.flops * cost[pool.slice_of_run])
+    made = campaign(odd, share=1.0, seed=seed)
+    left = made.left_flops
+    for run in np.random.default_rng(seed).permutation(made.affordable()):
+        assert odd.flops[run] <= left
+        left -= odd.flops[run]
+        made.buy(int(run))
+    assert len(made.bought) == len(odd)
+    assert len(made.affordable()) == 0
 
 
 def test_a_budget_below_the_cheapest_run_is_refused(pool: Pool) -> None:
