@@ -539,6 +539,7 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
     begun = range(len(candidates), len(every))
     for i in begun:
         market.buy(i)
+    regret_before = beliefs.regret()
     left = budget_flops
     proposals: list[Proposal] = []
     bought: list[tuple[int, set[int]]] = []  # with what was bought before and together
@@ -599,8 +600,11 @@ def choose(posterior: Posterior, candidates: Sequence[Candidate], targets: Seque
             ))
             for proposal, (i, others) in zip(proposals, bought, strict=True)
         ]  # fmt: skip
+    # Not the regret of the draws as they are now: by chance alone every run known takes one of so
+    # many degrees of freedom from them.
+    saved = math.fsum(proposal.saves_nats for proposal in proposals)
     return Plan(
-        proposals=tuple(proposals), regret_now=regret_now, regret_after=beliefs.regret(),
+        proposals=tuple(proposals), regret_now=regret_now, regret_after=regret_before - saved,
         stop_reason=stop_reason,
     )  # fmt: skip
 

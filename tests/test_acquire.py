@@ -294,6 +294,15 @@ def test_regret_falls_with_every_run_and_runs_pay_for_themselves(posterior: Post
         assert "nats" in proposal.reason
 
 
+def test_what_the_runs_save_is_what_the_regret_falls_by(posterior: Posterior) -> None:
+    """Twenty runs would take a twentieth off the regret of 400 draws by chance alone."""
+    many = [candidate(f"{n}-{i}", n=n, u=i / 5) for n in (1e8, 2e8, 3e8, 5e8) for i in range(-7, 8)]
+    found = choose(posterior, many, GOAL, num_runs=60, budget_flops=1e22, seed=1, only_paying=False)
+    assert len(found.proposals) > 15
+    fall = found.regret_now - found.regret_after
+    assert fall == pytest.approx(sum(p.saves_nats for p in found.proposals))
+
+
 def test_the_same_seed_chooses_the_same_runs(posterior: Posterior) -> None:
     first, again = (
         ids(propose(posterior, pool(), GOAL, num_runs=3, budget_flops=1e21, seed=3))

@@ -379,7 +379,7 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
         code, _, err = bayeslr(*words, "-o", tmp_path / place)
         assert (code, told in err) == (2, True), err
     code, text, _ = bayeslr("plan", folder, "--space", recipe, "--budget", "1e9")
-    assert "Nothing more pays: no run fits" in text
+    assert "No run is proposed: no run fits" in text
 
 
 def test_plan_takes_gpu_hours(bayeslr: Any, folder: Path, tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def _lines(
         for row in predictions
     ]
     if not found.proposals:
-        return [*lines, "", f"Nothing more pays: {found.stop_reason}."]
+        return [*lines, "", f"No run is proposed: {found.stop_reason}."]
     head = ("model", "tokens", "batch", "LR", "FLOPs", "saves, nats", "saves, FLOPs", "diverges")
     cells: list[tuple[str, ...]] = [head]
     cells += [
