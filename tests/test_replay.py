@@ -303,6 +303,31 @@ def test_the_verb_prints_json_and_writes_curve_and_figure(
     assert "<svg" in figure.read_text()
 
 
+def test_a_figure_shows_strategies_that_score_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    scores = {"regret_mean": 0.002, "cover_90": 1.0, "interval_score": 2.5}
+    library.plot(
+        pd.DataFrame(
+            [
+                {"strategy": name, "budget_share": share, "seed": 1, **scores}
+                for name in ("one", "other") for share in (0.003, 0.01)
+            ]
+        ),
+        tmp_path / "f.png",
+    )  # fmt: skip
+    (figure,) = drawn
+    for axes in figure.axes:
+        one, other, *_ = (np.asarray(line.get_xdata()) for line in axes.lines)
+        assert (one < other).all()
+        assert axes.get_legend() is None  # it hid the lines
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one", "other"]
+
+
 @pytest.mark.usefixtures("quick_fit")
 def test_scores_are_printed_before_a_figure_that_cannot_be_written(
     tmp_path: Path, truth: pd.DataFrame
