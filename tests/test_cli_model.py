@@ -382,6 +382,20 @@ def test_plan_prints_costs_and_writes_specs(bayeslr: Any, folder: Path, tmp_path
     assert "No run is proposed: no run fits" in text
 
 
+def test_a_plan_for_a_family_that_was_not_fitted_says_so(
+    bayeslr: Any, folder: Path, tmp_path: Path
+) -> None:
+    """Else a name that is misspelt has runs made again that have been made."""
+    document = changed(space_recipe(), {"sweep__family": "mode-up"})
+    recipe = write_recipe(tmp_path / "recipe.toml", document)
+    words = ("plan", folder, "--space", recipe, "--runs", "2", "--budget", "1e20", "--json")
+    code, text, err = bayeslr(*words)
+    assert code == 0
+    (warning,) = json.loads(text)["warnings"]
+    assert "no run of the recipe's family 'mode-up', but of made-up" in warning
+    assert f"Warning: {warning}" in err
+
+
 def test_plan_takes_gpu_hours(bayeslr: Any, folder: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "recipe.toml", space_recipe())
     words = ("plan", folder, "--space", recipe, "--runs", "2")

@@ -68,6 +68,12 @@ def plan(
         raise SpecError(f"-o {out} must end in .jsonl, or be a folder (no suffix)")
     posterior, recipe = load(fit), open_recipe(space)
     warnings = warnings_of(posterior.info)
+    if posterior.design is not None and recipe.family not in posterior.design.families:
+        warnings.append(
+            f"the fit has no run of the recipe's family {recipe.family!r}, but of "
+            f"{', '.join(posterior.design.families)}: no run of the space counts as made, and what "
+            "is known of the other families tells less of this one"
+        )
     for text in warnings:
         typer.echo(f"Warning: {text}", err=True)
     flops, flops_per_second = _budget(budget, hours, rate, recipe.flops_per_second)
