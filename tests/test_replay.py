@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from bayeslr import replay as library
 from bayeslr import sampling
 from bayeslr.cli import app
+from bayeslr.cli.replay import _lines
 from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.predict import prior_posterior, read_targets, target_draws
 from bayeslr.recorded import Campaign, Pool, buy_start, copied, make_pool
@@ -224,6 +225,8 @@ def test_a_strategy_that_breaks_is_told_and_copies_its_best_lr(
     assert row["regret_mean"] > 0
     (entry,) = library.summary(library.table_of([row]))
     assert entry["failures"] == 1
+    assert _lines([entry])[1].endswith("failed in 1 of 1, the best LR copied instead")
+    assert "failed" not in _lines([{**entry, "failures": 0}])[1]
 
 
 @pytest.mark.slow
@@ -352,7 +355,10 @@ def test_a_truth_without_a_valley_is_refused(tmp_path: Path, truth: pd.DataFrame
     files(tmp_path, truth)
     targets, path = read_targets(tmp_path / "targets.csv"), tmp_path / "truth.csv"
     pd.concat([truth, truth.iloc[:1]]).to_csv(path, index=False)
-    with pytest.raises(DataError, match="two finished runs at lr"):
+    with pytest.raises(DataError, match="two runs at lr"):
+        library.read_truth(path, targets)
+    pd.concat([truth, truth.iloc[:1].assign(diverged=True)]).to_csv(path, index=False)
+    with pytest.raises(DataError, match="two runs at lr"):
         library.read_truth(path, targets)
     truth.iloc[len(LRS) - 1 :].to_csv(path, index=False)
     with pytest.raises(DataError, match="has 1 finished run; a valley"):

@@ -102,6 +102,13 @@ def _lines(entries: Sequence[dict[str, Any]]) -> list[str]:
     return lines + [
         f"{e['strategy']:11s} {100 * e['budget_share']:6.2f} % {e['runs']:6.1f} "
         f"{e['regret_mean']:8.4f} {e['regret_worst']:8.4f} {e['cover_90']:8.2f} "
-        f"{e['interval_score']:7.2f}"
+        f"{e['interval_score']:7.2f}{_broken(e)}"
         for e in entries
     ]
+
+
+def _broken(entry: dict[str, Any]) -> str:
+    """In how many replays a strategy broke, for the scores are then those of a copied LR."""
+    if not entry["failures"]:
+        return ""
+    return f"  failed in {entry['failures']} of {entry['seeds']}, the best LR copied instead"

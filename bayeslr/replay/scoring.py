@@ -37,8 +37,8 @@ _OUTSIDE = 0.027
 def read_truth(path: str | Path, targets: Sequence[Target]) -> pd.DataFrame:
     """Losses measured at the targets: target_id, lr, loss, diverged; LR ascending.
 
-    Raises: DataError on a missing column, a value that is no number, two finished runs of a target
-    at one LR, or a target with finished runs at fewer than two LRs.
+    Raises: DataError on a missing column, a value that is no number, two runs of a target at one
+    LR, or a target with finished runs at fewer than two LRs.
     """
     path = Path(path)
     try:
@@ -66,14 +66,13 @@ def read_truth(path: str | Path, targets: Sequence[Target]) -> pd.DataFrame:
     else:
         frame["diverged"] = False
     frame["target_id"] = frame["target_id"].astype(str)
-    finished = frame[~frame["diverged"]]
-    if (twice := finished.duplicated(["target_id", "lr"])).any():
-        second = finished[twice].iloc[0]
+    if (twice := frame.duplicated(["target_id", "lr"])).any():
+        second = frame[twice].iloc[0]
         raise DataError(
-            f"{path} line {int(finished.index[twice][0]) + 2}: target {second['target_id']!r} has "
-            f"two finished runs at lr {second['lr']:g}; average the losses of its seeds"
+            f"{path} line {int(frame.index[twice][0]) + 2}: target {second['target_id']!r} has two "
+            f"runs at lr {second['lr']:g}; average the losses of its seeds, or keep one"
         )
-    num_lrs = finished["target_id"].value_counts()
+    num_lrs = frame["target_id"][~frame["diverged"]].value_counts()
     for target in targets:
         if (found := num_lrs.get(target.target_id, 0)) < 2:
             raise DataError(
