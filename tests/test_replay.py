@@ -184,6 +184,18 @@ def test_a_budget_below_the_cheapest_run_is_refused(pool: Pool) -> None:
         campaign(pool, share=1e-6)
 
 
+def test_a_budget_that_buys_nothing_is_refused_before_anything_is_run(
+    pool: Pool, truth: pd.DataFrame
+) -> None:
+    def never(made: Campaign) -> pd.DataFrame:
+        raise AssertionError
+
+    never.__module__ = "bayeslr"
+    tasks = library.tasks_of({"never": never}, [0.02, 1e-6], [1])
+    with pytest.raises(SpecError, match="below the cheapest"):
+        next(library.replays(bench(pool, truth), tasks))
+
+
 @pytest.mark.parametrize("name", list(library.STRATEGIES))
 @pytest.mark.parametrize("share", [0.005, 0.03])
 @pytest.mark.usefixtures("quick_fit")

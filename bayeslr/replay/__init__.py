@@ -104,13 +104,18 @@ class Bench:
     truth: pd.DataFrame
     prior: str
 
-    def run(self, task: Task) -> dict[str, Any]:
-        """Row of scores. ``failure`` says what broke, after which the best LR was copied."""
+    def campaign(self, task: Task) -> Campaign:
+        """A replay's start, bought. Raises: SpecError for a budget below the cheapest run."""
         campaign = Campaign(
             pool=self.pool, targets=self.targets, seed=task.seed, prior=self.prior,
             budget_flops=task.budget_share * self.pool.total_flops,
         )  # fmt: skip
         buy_start(campaign)
+        return campaign
+
+    def run(self, task: Task) -> dict[str, Any]:
+        """Row of scores. ``failure`` says what broke, after which the best LR was copied."""
+        campaign = self.campaign(task)
         started, failure = time.monotonic(), ""
         try:
             found = score(self.truth, task.strategy(campaign))
@@ -131,8 +136,11 @@ def replays(bench: Bench, tasks: Sequence[Task], *, jobs: int = 1) -> Iterator[d
     """Rows of scores as they are finished, ``jobs`` at a time.
 
     Strategies of other packages run in processes of their own, for some load PyTorch and ours load
-    JAX, which never share one.
+    JAX, which never share one. Raises: SpecError, before anything is run, for a budget below the
+    cheapest run.
     """
+    for task in tasks:
+        bench.campaign(task)
     ours = [task for task in tasks if task.strategy.__module__.partition(".")[0] == "bayeslr"]
     others = [task for task in tasks if task not in ours]
     if jobs == 1:
