@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     FloatArray = NDArray[np.float64]
     IntArray = NDArray[np.int64]
 
+START_LRS = 3
+"""Fewest LRs that can show a valley: one to each side of the lowest."""
+
 CLASSICAL_LRS = 5
 """LRs of a slice (C_eta): two octaves to each side of the best, where the grid is fine enough."""
 
@@ -82,6 +85,15 @@ def slices_from_cheapest(slice_of_run: IntArray, flops: FloatArray) -> IntArray:
     first = np.unique(slice_of_run, return_index=True)[1]
     rank = np.argsort(np.argsort(flops[first], kind="stable"), kind="stable")
     return rank[slice_of_run].astype(np.int64)
+
+
+def spread(num_points: int, num_chosen: int, rng: np.random.Generator) -> list[int]:
+    """Indices of a grid, one near the middle of each of equal strata, the middle one first."""
+    num_chosen = min(num_chosen, num_points)
+    places = (np.arange(num_chosen) + 0.5 + rng.uniform(-0.2, 0.2)) / num_chosen
+    chosen = [min(int(place * num_points), num_points - 1) for place in places]
+    middle = num_chosen // 2
+    return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]
 
 
 def ladder(menu: Menu) -> list[int]:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pandas as pd
 
-from bayeslr.designs import slices_from_cheapest
+from bayeslr.designs import START_LRS, slices_from_cheapest, spread
 from bayeslr.errors import DataError, SpecError
 from bayeslr.runs import RunTable, horizon
 from bayeslr.specs import COVARIATES, SCHEDULES, RunSpec, Target, covariate_arguments
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     IntArray = NDArray[np.int64]
 
 STRATEGY_GROUP = "bayeslr.strategies"
-
-START_LRS = 3
-"""Fewest LRs that can show a valley: one to each side of the lowest."""
 
 MAX_START_RUNS = 6
 
@@ -195,15 +192,6 @@ def buy_start(campaign: Campaign) -> None:
             f"the budget, {format_quantity(campaign.budget_flops)} FLOPs, is below the cheapest "
             f"run's {format_quantity(float(pool.flops.min()))}; give a larger share"
         )
-
-
-def spread(num_points: int, num_chosen: int, rng: np.random.Generator) -> list[int]:
-    """Indices of a grid, one near the middle of each of equal strata, the middle one first."""
-    num_chosen = min(num_chosen, num_points)
-    places = (np.arange(num_chosen) + 0.5 + rng.uniform(-0.2, 0.2)) / num_chosen
-    chosen = [min(int(place * num_points), num_points - 1) for place in places]
-    middle = num_chosen // 2
-    return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]
 
 
 def answer(targets: Sequence[Target], log_lr: FloatArray, quantiles: FloatArray) -> pd.DataFrame:

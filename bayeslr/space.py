@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from bayeslr.designs import START_LRS, spread
 from bayeslr.errors import SpecError
 from bayeslr.runner_protocol import ContinuingRunner, HorizonRunner, Runner, Trial
 from bayeslr.runs import RunTable
@@ -25,9 +26,6 @@ from bayeslr.specs import (
 from bayeslr.units import parse_quantity
 
 _NOT_LONGER = ("diverged", "failed", "pruned")
-
-LRS_PER_START_CELL = 3
-"""Fewest LRs that can show a valley: one to each side of the lowest."""
 
 _SAME = 0.005
 """A table's counts and LRs are the recipe's within this share: people write three figures."""
@@ -348,14 +346,14 @@ def start_design(recipe: Recipe, runner: Runner) -> list[Candidate]:
     for priced in grid(recipe, runner):
         cells.setdefault(cell_of(priced.spec), []).append(priced)
     cheapest = sorted(cells.values(), key=lambda cell: (cell[0].flops, cell[0].spec.run_id))
-    num_cells = min(len(cheapest), max(1, recipe.start_runs // LRS_PER_START_CELL))
+    num_cells = min(len(cheapest), max(1, recipe.start_runs // START_LRS))
     shares = [recipe.start_runs // num_cells] * num_cells
     for i in range(recipe.start_runs % num_cells):
         shares[i] += 1
     design: list[Candidate] = []
     for number, (cell, share) in enumerate(zip(cheapest, shares, strict=False)):
         by_lr = sorted(cell, key=lambda p: p.spec.lr)
-        design.extend(by_lr[i] for i in _spread(len(by_lr), share, _rng(recipe.seed, number)))
+        design.extend(by_lr[i] for i in spread(len(by_lr), share, _rng(recipe.seed, number)))
     return design
 
 
@@ -410,12 +408,3 @@ def _changed(recipe: Recipe, spec: RunSpec) -> dict[str, float]:
 def _rng(seed: int, number: int) -> np.random.Generator:
     """Random numbers keyed by (seed, number): no state that a restart could lose or repeat."""
     return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, number]))
-
-
-def _spread(num_points: int, num_chosen: int, rng: np.random.Generator) -> list[int]:
-    """Indices of a grid, one near the middle of each of equal strata, the middle one first."""
-    num_chosen = min(num_chosen, num_points)
-    places = (np.arange(num_chosen) + 0.5 + rng.uniform(-0.2, 0.2)) / num_chosen
-    chosen = [min(int(place * num_points), num_points - 1) for place in places]
-    middle = num_chosen // 2
-    return [chosen[middle], *chosen[:middle], *chosen[middle + 1 :]]

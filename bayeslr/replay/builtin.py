@@ -9,7 +9,7 @@ import numpy as np
 
 from bayeslr import acquire, designs, predict, sampling
 from bayeslr.errors import DataError
-from bayeslr.recorded import QUANTILE_LEVELS, START_LRS, Campaign, copied
+from bayeslr.recorded import QUANTILE_LEVELS, Campaign, copied
 from bayeslr.replay.laplace import normal_posterior
 from bayeslr.space import Candidate
 
@@ -54,7 +54,7 @@ def bayeslr(campaign: Campaign) -> pd.DataFrame:
             )
         else:
             posterior = predict.prior_posterior(campaign.prior, seed=campaign.seed)
-        share = max(campaign.left_flops / number, START_LRS * float(pool.flops.min()))
+        share = max(campaign.left_flops / number, designs.START_LRS * float(pool.flops.min()))
         plan = acquire.choose(
             posterior,
             [Candidate(spec=pool.specs[i], flops=float(pool.flops[i])) for i in candidates],

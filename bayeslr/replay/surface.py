@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 # A run far above the floor says "far too high", and no more than that (nats).
 _MAX_EXCESS = 0.3
 
+# Logs of the kernel's scale and the noise, nats, and of the lengths in size, tokens, batch and LR,
+# as shares of the pool's range.
+_START = np.log([0.1, 0.003, 1.0, 1.0, 1.0, 0.5])
+
 
 def gp_surface(campaign: Campaign) -> pd.DataFrame:
     """A Gaussian process over ln N, ln D, ln batch, ln LR: the largest variance per FLOP is bought.
@@ -42,9 +46,9 @@ class _Surface:
         frame = campaign.pool.table.frame
         names = ("n_active", "tokens", "batch_tokens", "lr")
         self.x = np.log(frame[list(names)].to_numpy(dtype=float))
-        self.low, self.span = self.x.min(axis=0), np.maximum(np.ptp(self.x, axis=0), 1e-9)
-        self.span = np.maximum(self.span, math.log(2.0))
-        self.parameters = np.log([0.1, 0.003, 1.0, 1.0, 1.0, 0.5])
+        self.low = self.x.min(axis=0)
+        self.span = np.maximum(np.ptp(self.x, axis=0), math.log(2.0))
+        self.parameters = _START
         self._fitted_at = -99
 
     def _scaled(self, x: FloatArray) -> FloatArray:
@@ -80,7 +84,7 @@ class _Surface:
                 return 1e9
             z = np.linalg.solve(factor, y)
             # Log-normal priors of sd 1 about the start keep a handful of runs from degenerating.
-            away = parameters - np.log([0.1, 0.003, 1.0, 1.0, 1.0, 0.5])
+            away = parameters - _START
             return float(0.5 * z @ z + np.log(np.diag(factor)).sum() + 0.5 * away @ away)
 
         if len(bought) - self._fitted_at >= every:
