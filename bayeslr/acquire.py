@@ -213,25 +213,22 @@ def _cell(spec: RunSpec, tokens: float, name: str = "cell") -> Target:
     )  # fmt: skip
 
 
+def _cell_key(spec: RunSpec, tokens: float) -> tuple[str, int, int, float, int]:
+    """Equal for what runs of one cell and batch measure."""
+    return spec.family, spec.n_active, spec.n_total, float(tokens), spec.batch_tokens
+
+
 class _Beliefs:
     """Joint draws of the candidates' losses and the targets' ln LR*, updated run by run."""
 
     def __init__(self, posterior: Posterior, candidates: Sequence[Candidate],
                  targets: Sequence[Target], shares: FloatArray, seed: int) -> None:  # fmt: skip
-        cells: dict[tuple[str | float, ...], int] = {}
-        cell_of: list[list[int]] = []
-        extra: list[Target] = []
-        for candidate in candidates:
-            spec, mine = candidate.spec, []
-            for tokens in spec.decay_at:
-                key = (
-                    spec.family, spec.n_active, spec.n_total, float(tokens), spec.batch_tokens
-                )  # fmt: skip
-                if key not in cells:
-                    cells[key] = len(extra)
-                    extra.append(_cell(spec, tokens, f"cell{len(extra)}"))
-                mine.append(cells[key])
-            cell_of.append(mine)
+        # Draws of a cell depend on its place: in an order of its own, not the candidates'.
+        specs = [candidate.spec for candidate in candidates]
+        cells = {_cell_key(spec, end): (spec, end) for spec in specs for end in spec.decay_at}
+        places = {key: place for place, key in enumerate(sorted(cells))}
+        extra = [_cell(*cells[key], f"cell{place}") for key, place in places.items()]
+        cell_of = [[places[_cell_key(spec, end)] for end in spec.decay_at] for spec in specs]
         num_pairs = sum(len(mine) for mine in cell_of)
         max_draws = int(np.clip(_MAX_PAIRS / num_pairs, _FEWEST_DRAWS, _MOST_DRAWS))
         at = target_draws(posterior, [*targets, *extra], max_draws=max_draws)
@@ -306,16 +303,13 @@ class _Beliefs:
         for size in np.unique(sizes):
             which = np.flatnonzero(sizes == size)
             self._groups.append((which, np.array([seen[i] for i in which])))
-        self._center()
+        self.goal -= self.goal.mean(axis=0)
+        self.loss -= self.loss.mean(axis=0)
         self._goal_before, self._loss_before = self.goal.copy(), self.loss.copy()
 
     def changed(self, candidate: int) -> dict[str, float]:
         """What of a candidate's covariates is not the reference, by name."""
         return self._covariates.changed(candidate)
-
-    def _center(self) -> None:
-        self.goal -= self.goal.mean(axis=0)
-        self.loss -= self.loss.mean(axis=0)
 
     def regret(self) -> float:
         """Mean expected regret of the best choice at the targets, nats."""
@@ -403,16 +397,17 @@ class _Beliefs:
         return loss - loss.mean(axis=0), np.sqrt(variance)
 
     def observe(self, candidate: int) -> None:
-        """Condition all draws on a candidate having been run."""
-        rng = np.random.default_rng(candidate)
+        """Condition all draws on a candidate having been run.
+
+        By a square-root filter (Whitaker and Hamill 2002, eqs. 10 and 11): the draws' covariances
+        become the posterior's without a draw of the noise, so that no choice hangs on its luck.
+        """
         for o in self.observations[candidate]:
-            sd = math.sqrt(self.noise_variance[o])
-            seen = self.loss[:, o] + sd * rng.normal(size=len(self.goal))
-            seen = seen - seen.mean()
-            total = float(seen @ seen)
-            self.goal -= np.outer(seen, seen @ self.goal / total)
-            self.loss -= np.outer(seen, seen @ self.loss / total)
-        self._center()
+            seen, noise = self.loss[:, o].copy(), self.noise_variance[o]
+            total = seen @ seen / len(seen) + noise
+            gain = seen / (len(seen) * total * (1.0 + math.sqrt(noise / total)))
+            self.goal -= np.outer(gain, seen @ self.goal)
+            self.loss -= np.outer(gain, seen @ self.loss)
 
 
 def _explained(loss: FloatArray, goal: FloatArray, noise: FloatArray) -> FloatArray:

@@ -311,6 +311,29 @@ def test_the_same_seed_chooses_the_same_runs(posterior: Posterior) -> None:
     assert first == again
 
 
+def test_the_order_of_the_candidates_does_not_matter(posterior: Posterior) -> None:
+    found = []
+    for seed in range(4):
+        runs = pool()
+        np.random.default_rng(seed).shuffle(runs)  # type: ignore[arg-type]
+        plan = choose(posterior, runs, GOAL, num_runs=6, budget_flops=1e21, seed=1)
+        found.append({p.spec.run_id: pytest.approx(p.saves_nats) for p in plan.proposals})
+        assert len(found[-1]) == 6
+        assert {p.spec.run_id: p.saves_nats for p in plan.proposals} == found[0]
+
+
+def test_what_is_known_of_a_loss_is_what_conditioning_says(posterior: Posterior) -> None:
+    """Covariances of what is left, once a loss is known, by the formula for normals."""
+    beliefs = _Beliefs(posterior, pool(), GOAL, np.ones(1), seed=1)
+    joint = np.hstack([beliefs.goal, beliefs.loss])
+    before, at = np.cov(joint.T, bias=True), beliefs.goal.shape[1] + 3
+    total = before[at, at] + beliefs.noise_variance[3]
+    wanted = before - np.outer(before[at], before[at]) / total
+    beliefs.observe(3)
+    left = np.cov(np.hstack([beliefs.goal, beliefs.loss]).T, bias=True)
+    np.testing.assert_allclose(left, wanted, atol=1e-9 * before.max())
+
+
 def test_of_runs_that_share_a_trunk_one_is_proposed(posterior: Posterior) -> None:
     """The longer one measures the shorter horizon on its way: both would pay that branch twice."""
     both = [
