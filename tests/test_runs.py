@@ -564,6 +564,10 @@ def test_one_token_count_and_one_batch_only() -> None:
     assert "one batch size only (131.1K tokens): the batch exponent is the prior's" in text
 
 
+def test_a_name_loses_the_nul_that_no_saved_fit_could_hold() -> None:
+    assert make_table([run(family="a\0b\0")]).frame["family"].tolist() == ["ab"]
+
+
 def test_values_that_differ_by_rounding_alone_are_one() -> None:
     """Token counts of whole batches, and widths that nearly keep a sparsity, tell no exponent."""
     rows = [

@@ -166,7 +166,7 @@ def tiles(posterior: Posterior, row: dict[str, Any]) -> list[dict[str, str]]:
             "label": "Expected regret",
             "value": f"{nats_text(row['regret_mean'])} nats",
             "note": f"worth {share_text(row['extra_tokens'])} of the tokens; "
-            f"with 95 % below {nats_text(row['regret_q95'])}",
+            f"95 % quantile {nats_text(row['regret_q95'])}",
         },
         {
             "label": "Risk of divergence",

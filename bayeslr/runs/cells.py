@@ -189,7 +189,7 @@ def _parse_number(value: Any) -> float | None:
 
 
 def _texts(values: pd.Series[Any]) -> NDArray[np.object_]:
-    """Text of a column, stripped; None where missing."""
+    """Text of a column, stripped, without NUL, which no netCDF file holds; None where missing."""
     out = np.full(len(values), None, dtype=object)
     missing = values.isna().to_numpy()
     for i, value in enumerate(values.tolist()):
@@ -197,7 +197,7 @@ def _texts(values: pd.Series[Any]) -> NDArray[np.object_]:
             continue
         if isinstance(value, float) and value.is_integer():  # an id that pandas made a float
             value = int(value)
-        out[i] = str(value).strip() or None
+        out[i] = str(value).replace("\0", "").strip() or None
     return out
 
 
