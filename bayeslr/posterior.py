@@ -196,7 +196,14 @@ def _as_dataset(draws: Mapping[str, NDArray[np.float64]]) -> xr.Dataset:
 
 def mixed(draws: Mapping[str, NDArray[np.float64]], gate: Gate) -> bool:
     """Whether the chains agree and hold enough effective draws of every reported variable."""
-    found = diagnose(_as_dataset(draws))
+    dataset = _as_dataset(draws)
+    names = reported(dataset)
+    # Parameters first: they are few, and mostly the last to mix.
+    parts = [n for n in names if n not in _BY_SLICE], [n for n in names if n in _BY_SLICE]
+    return all(_within(diagnose(dataset[part]), gate) for part in parts if part)
+
+
+def _within(found: Mapping[str, Any], gate: Gate) -> bool:
     return bool(
         found["max_r_hat"] <= gate.max_r_hat and found["min_ess"] >= gate.min_effective_draws
     )
@@ -227,12 +234,18 @@ def _versions() -> dict[str, str]:
     return found
 
 
+# What a report tells of every slice, and a prediction takes over where one was measured.
+_BY_SLICE = ("lr_opt",)
+
+
 def reported(dataset: xr.Dataset) -> list[str]:
-    """Variables whose convergence is judged: parameters of the card, of families and of shapes."""
+    """Variables whose convergence is judged: parameters of the card, of families and of shapes, and
+    the slices' LR*.
+    """
     local = {"cell", "slice", "shared"}
     return [
         str(name) for name, values in dataset.data_vars.items()
-        if not local & {str(dim) for dim in values.dims}
+        if name in _BY_SLICE or not local & {str(dim) for dim in values.dims}
     ]  # fmt: skip
 
 
@@ -325,7 +338,7 @@ def _verdict(diagnostics: Mapping[str, Any], gate: Gate) -> tuple[bool, str]:
         )
     return True, (
         f"The sampler converged: R-hat at most {diagnostics['max_r_hat']:.3f}, at least "
-        f"{diagnostics['min_ess']:.0f} effective draws for every parameter, "
+        f"{diagnostics['min_ess']:.0f} effective draws for every parameter and LR*, "
         f"{counted(diagnostics.get('divergences', 0.0), 'divergent transition')}."
     )
 

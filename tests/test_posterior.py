@@ -14,11 +14,13 @@ import pytest
 from bayeslr.errors import StorageError
 from bayeslr.posterior import (
     FIT_FILE,
+    LOOP_GATE,
     POSTERIOR_FILE,
     RUNS_FILE,
     Posterior,
     load,
     make_posterior,
+    mixed,
 )
 from bayeslr.predict import prior_posterior
 from bayeslr.runs import RunTable
@@ -238,6 +240,16 @@ def test_the_gate_passes_independent_draws_and_stops_others(posterior: Posterior
     wild = gated(posterior, divergences=500)
     assert not wild.trustworthy
     assert "500 of 2000 transitions diverged" in wild.info["verdict"]
+
+
+@pytest.mark.parametrize(("name", "judged"), [("lr_opt", True), ("floor", False)])
+def test_chains_that_disagree_on_one_slice(name: str, judged: bool) -> None:
+    """A report lists each slice's LR*, so that is judged as parameters are."""
+    rng = np.random.default_rng(4)
+    draws = {"lr_tokens": rng.normal(size=(2, 1000)), name: rng.normal(size=(2, 1000, 3))}
+    assert mixed(draws, LOOP_GATE)
+    draws[name][1, :, 2] += 1.0
+    assert mixed(draws, LOOP_GATE) is not judged
 
 
 def test_stuck_chains_are_told(posterior: Posterior) -> None:
