@@ -223,10 +223,9 @@ class _Beliefs:
 
     def __init__(self, posterior: Posterior, candidates: Sequence[Candidate],
                  targets: Sequence[Target], shares: FloatArray, seed: int) -> None:  # fmt: skip
-        # Draws of a cell depend on its place: in an order of its own, not the candidates'.
         specs = [candidate.spec for candidate in candidates]
         cells = {_cell_key(spec, end): (spec, end) for spec in specs for end in spec.decay_at}
-        places = {key: place for place, key in enumerate(sorted(cells))}
+        places = {key: place for place, key in enumerate(cells)}
         extra = [_cell(*cells[key], f"cell{place}") for key, place in places.items()]
         cell_of = [[places[_cell_key(spec, end)] for end in spec.decay_at] for spec in specs]
         num_pairs = sum(len(mine) for mine in cell_of)
