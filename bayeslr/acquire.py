@@ -120,14 +120,17 @@ class _Options:
         for mine in by_slice.values():
             if len(mine) < 2:
                 continue
+            # By LR: what is left of a group whose end is cut off is the same in any order.
+            mine.sort(key=lambda i: log_lr[i])
             at, found = log_lr[mine], set()
             for reach in _REACHES:
                 half = reach * max(float(sd[mine[0]]), _LEAST_SD)
                 for pattern in ((-1.0, 1.0), (-1.0, 0.0, 1.0)):
                     wanted = float(mean[mine[0]]) + half * np.array(pattern)
                     near = np.argmin(np.abs(at[:, None] - wanted), axis=0)
-                    found.add(tuple(sorted({mine[int(j)] for j in near})))
-            self.members += [group for group in sorted(found) if len(group) > 1]
+                    found.add(tuple(sorted({int(j) for j in near})))
+            groups = [group for group in sorted(found) if len(group) > 1]
+            self.members += [tuple(mine[j] for j in group) for group in groups]
 
 
 class _Covariates:
