@@ -292,8 +292,8 @@ class _Beliefs:
         self.expected_excess = finished.mean(axis=0)[longest]
         self.noise_variance = self.noise_variance * own**2 + by_chance
         self.observations = [list(range(a, b)) for a, b in pairwise(first)]
-        last = np.array([mine[-1] for mine in cell_of])
-        of_last = at.log_lr[:, len(targets) + last] - shift
+        last = column[longest]
+        of_last = at.log_lr[:, last] - shift
         options = _Options(
             log_lr, covariates.valley_of(last.tolist()), of_last.mean(axis=0), of_last.std(axis=0)
         )

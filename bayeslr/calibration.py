@@ -25,7 +25,6 @@ import numpy as np
 
 from bayeslr.errors import DataError, SpecError
 from bayeslr.features import build_design
-from bayeslr.models import valley
 from bayeslr.models.simulate import PlannedSlice, Simulation, simulate
 from bayeslr.posterior import LOOP_GATE, make_posterior
 from bayeslr.predict import predict, target_draws
@@ -431,7 +430,7 @@ def _fit(runs: RunTable, card: Prior, model: str, *, seed: int) -> Posterior:
     if model == "two-stage":
         return fit(runs, card, method=model, seed=seed)
     design = build_design(runs)
-    own = valley.sizes_of(design)
+    own = design.sizes
     fitting = [s for s in _SIZES if all(own[level] <= s[level] for level in s)]
     sizes = own
     if fitting:

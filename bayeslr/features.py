@@ -127,6 +127,18 @@ class Design:
         total = np.bincount(self.shape_of_cell, self.log_tokens, minlength=self.num_shapes)
         return total / np.bincount(self.shape_of_cell, minlength=self.num_shapes)
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Number of runs, slices, cells, shapes, families, and of what shares noise."""
+        return {
+            "shared": self.num_shared,
+            "run": self.num_runs,
+            "slice": self.num_slices,
+            "cell": self.num_cells,
+            "shape": self.num_shapes,
+            "family": len(self.families),
+        }
+
     def slice_features(self) -> dict[str, FloatArray]:
         """The four regressors at slice level, each (slice,)."""
         shape = self.shape_of_slice

@@ -80,21 +80,16 @@ def leave_largest_out(posterior: Posterior, *, seed: int = 1) -> Holdout | None:
         warnings=(), source=f"{runs.source} without its largest cells",
     )  # fmt: skip
     own = posterior.flat("lr_opt")
-    left_out = []
     features = design.slice_features()
     flops = 6.0 * np.exp(features["log_n_active"] + features["log_tokens"])
-    for s in range(design.num_slices):
-        family = design.families[int(design.family_of_slice[s])]
-        if (
-            flops[s] <= limits[family] or own[:, s].std() > _KNOWN_SD
-            or not design.annealed[design.cell_of_slice[s]]
-        ):  # fmt: skip
-            continue
-        left_out.append(s)
-    if not left_out:
+    limit = np.array([limits[family] for family in design.families])[design.family_of_slice]
+    left_out = np.flatnonzero(
+        (flops > limit) & (own.std(axis=0) <= _KNOWN_SD) & design.annealed[design.cell_of_slice]
+    )
+    if not len(left_out):
         return None
     refit = fit(rest, posterior.prior, seed=seed, fast=True)
-    predicted = target_draws(refit, [slice_target(posterior, s) for s in left_out]).log_lr
+    predicted = target_draws(refit, [slice_target(posterior, s) for s in left_out.tolist()]).log_lr
     own = own[:, left_out]
     known = 1.0 / own.var(axis=0) - 1.0 / predicted.var(axis=0) >= 1.0 / _KNOWN_SD**2
     if not known.any():

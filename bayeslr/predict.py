@@ -618,8 +618,15 @@ def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray
     divided by the data's range, or by ln 2 where that is narrower. The four add in squares.
     Infinite without data.
     """
+    return _beyond(posterior, targets)[0]
+
+
+def _beyond(posterior: Posterior, targets: Sequence[Target],
+            ) -> tuple[FloatArray, NDArray[np.bool_]]:  # fmt: skip
+    """`extrapolation`, and whether ln 2 stood in there for a range, each (target,)."""
+    narrow = np.zeros(len(targets), dtype=bool)
     if posterior.design is None:
-        return np.full(len(targets), np.inf)
+        return np.full(len(targets), np.inf), narrow
     x, families = target_features(targets), np.array(_families(posterior, targets))
     total = np.zeros(len(targets))
     for g, ranges in _ranges(posterior, targets).items():
@@ -627,7 +634,8 @@ def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray
         for name, (low, high) in ranges.items():
             outside = np.maximum(np.maximum(low - x[name][mine], x[name][mine] - high), 0.0)
             total[mine] += (outside / max(high - low, math.log(2.0))) ** 2
-    return np.asarray(np.sqrt(total))
+            narrow[mine] |= (outside > 1e-9) & (high - low < math.log(2.0))
+    return np.sqrt(total), narrow
 
 
 def _ranges(posterior: Posterior, targets: Sequence[Target],
@@ -701,17 +709,20 @@ def _columns(thinned: _Thinned, targets: Sequence[Target],
     posterior = thinned.posterior
     families = _families(posterior, targets)
     known = np.array([g is not None for g in families])
+    distance, narrow = _beyond(posterior, targets)
     columns: dict[str, Any] = {
         "target_id": [target.target_id for target in targets],
         **summary(_draws_at(thinned, targets)),
-        "extrapolation": extrapolation(posterior, targets),
+        "extrapolation": distance,
         "level": np.where(known, "family", "population"),
     }
     columns["loss_q50"][~known] = np.nan
     rows = zip(*(np.asarray(values).tolist() for values in columns.values()), strict=True)
     columns["sentence"] = [
-        _sentence(posterior, target, dict(zip(columns, row, strict=False)), ranges.get(g, {}))
-        for target, row, g in zip(targets, rows, families, strict=True)
+        _sentence(
+            posterior, target, dict(zip(columns, row, strict=False)), ranges.get(g, {}), least
+        )
+        for target, row, g, least in zip(targets, rows, families, narrow.tolist(), strict=True)
     ]
     return columns
 
@@ -744,7 +755,7 @@ def summary(at: TargetDraws) -> dict[str, FloatArray]:
 
 
 def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
-              ranges: Mapping[str, tuple[float, float]]) -> str:  # fmt: skip
+              ranges: Mapping[str, tuple[float, float]], narrow: bool) -> str:  # fmt: skip
     """One sentence that a planner can quote about a row of the predictions table."""
     size = format_quantity(target.n_active)
     if target.n_total > target.n_active:
@@ -755,9 +766,9 @@ def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
     elif distance < INSIDE:
         reach = "inside the range of the runs"
     else:
+        least = " (a factor of two where it is narrower)" if narrow else ""
         reach = (
-            f"{distance:.1f} times the runs' own range{_narrow(ranges, target)} beyond them"
-            f"{_below(ranges, target)}"
+            f"{distance:.1f} times the runs' own range{least} beyond them{_below(ranges, target)}"
         )
     risk = row["p_diverge"]
     risk_text = "under 1 %" if risk < 0.01 else f"{100 * risk:.0f} %"
@@ -776,16 +787,6 @@ def _sentence(posterior: Posterior, target: Target, row: dict[Any, Any],
         f"{format_extra_tokens(row['extra_tokens'])} more tokens, and the risk of divergence is "
         f"{risk_text}; {reach}."
     )
-
-
-def _narrow(ranges: Mapping[str, tuple[float, float]], target: Target) -> str:
-    """Said where a regressor that the target is outside of has no range to speak of."""
-    x = target_features([target])
-    narrow = any(
-        high - low < math.log(2.0) and not low - 1e-9 <= float(x[name][0]) <= high + 1e-9
-        for name, (low, high) in ranges.items()
-    )
-    return " (a factor of two where it is narrower)" if narrow else ""
 
 
 def _below(ranges: Mapping[str, tuple[float, float]], target: Target) -> str:

@@ -377,7 +377,7 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
             statistics={"seconds": time.monotonic() - started},
         )  # fmt: skip
     configure_jax()
-    sizes = padded(valley.sizes_of(design)) if fast else None
+    sizes = padded(design.sizes) if fast else None
     if fast:
         num_warmup, num_draws = min(num_warmup, 200), min(num_draws, 300)
     gate = LOOP_GATE if fast else REPORT_GATE
@@ -422,7 +422,7 @@ def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | Non
     sizes: to pad to, so that tables share a compilation. gate: the chains go on until it is passed.
     how: as in `bayeslr.nuts.sample`.
     """
-    own = valley.sizes_of(design)
+    own = design.sizes
     arrays = valley.model_data(design, sizes)
     compiled = compiled_model(arrays, card, own["family"])
     arrays, mode, root = _preconditioned(compiled, arrays, card)

@@ -22,7 +22,6 @@ from bayeslr.calibration import (
 )
 from bayeslr.errors import DataError, SpecError
 from bayeslr.models.simulate import PlannedSlice, simulate
-from bayeslr.models.valley import sizes_of
 from bayeslr.priors import Prior
 
 
@@ -123,7 +122,7 @@ def test_tables_hold_what_the_card_allows_and_repeat_with_their_seed(card: Prior
     assert first.runs.data_hash == again.runs.data_hash
     assert len(first.runs.quarantine) == 0
     design = calibration.build_design(first.runs)
-    assert first.truth["lr_opt"].shape == (sizes_of(design)["slice"],)
+    assert first.truth["lr_opt"].shape == (design.sizes["slice"],)
 
 
 @pytest.mark.parametrize(("num_runs", "told"), [(20, 17), (60, 49), (200, 90)])

@@ -39,7 +39,7 @@ def test_the_same_seed_gives_the_same_draws_and_chains_differ(
 def test_all_outputs_are_there_in_the_sizes_of_the_data(posterior: Posterior) -> None:
     design = posterior.design
     assert design is not None
-    sizes = valley.sizes_of(design)
+    sizes = design.sizes
     assert design.num_shared == 0
     assert "shared_noise" not in posterior.draws
     assert design.covariates == ()
@@ -157,7 +157,7 @@ def test_the_search_comes_back_from_where_the_density_overflows() -> None:
     ]
     runs = make_table([*rows, run_record("b", 3e5, 1.6e6, 4096.0, 1e-3, 7.0)], source="made-up")
     design = build_design(runs)
-    arrays = valley.model_data(design, padded(valley.sizes_of(design)))
+    arrays = valley.model_data(design, padded(design.sizes))
     compiled = compiled_model(arrays, card, 1)
     mode, hessian = find_mode(compiled, arrays, card)
     assert np.linalg.eigvalsh(hessian)[0] > 0

@@ -173,10 +173,7 @@ def split_storage(storage: str, out: Path) -> tuple[str | None, Path]:
     folder = Path(storage)
     resolved = _read_resolved(folder)
     if resolved is not None and (url := resolved["storage"]) is not None:
-        raise StorageError(
-            f"the sweep in {folder} keeps its study in {url}: give that URL (with its password) as "
-            "the storage"
-        )
+        raise StorageError(_elsewhere(folder, url))
     return None, folder
 
 
@@ -187,14 +184,18 @@ def _require_its_storage(out: Path, name: str, storage: str | None) -> None:
     before = _read_resolved(out)
     if before is None or before["recipe"]["sweep"]["name"] != name:
         return
-    own = before["storage"]
-    if own != mask_password(storage):
-        place = own or "that folder's journal"
-        give = "give that URL (with its password) as the storage" if own else "give no storage"
+    if before["storage"] != mask_password(storage):
         raise StorageError(
-            f"the sweep in {out} keeps its study in {place}: {give}; if the study has moved since, "
-            f"delete {out / 'resolved.json'}"
+            f"{_elsewhere(out, before['storage'])}; if the study has moved since, delete "
+            f"{out / 'resolved.json'}"
         )
+
+
+def _elsewhere(folder: Path, url: str | None) -> str:
+    """Where the sweep in a folder keeps its study, and what to give for that. None: a journal."""
+    place = url or "that folder's journal"
+    give = "give that URL (with its password) as the storage" if url else "give no storage"
+    return f"the sweep in {folder} keeps its study in {place}: {give}"
 
 
 def _read_resolved(folder: Path) -> dict[str, Any] | None:

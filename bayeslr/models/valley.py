@@ -76,7 +76,7 @@ _NOT_PLAIN = ("loss_irreducible", "diverged_loss", *PER_FAMILY, *PER_COVARIATE)
 
 
 def model_data(design: Design, sizes: Mapping[str, int] | None = None) -> Arrays:
-    """Arrays that `build` reads, padded to ``sizes`` (those of `sizes_of`).
+    """Arrays that `build` reads, padded to ``sizes`` (those of `Design.sizes`).
 
     Padded entries carry zero weight; their effects follow the prior and touch nothing.
     """
@@ -201,18 +201,6 @@ def _slope_centring(design: Design) -> NDArray[np.float64]:
     return np.stack(
         [_centring(values, group, len(design.families)) for values, group in carriers], axis=1
     )
-
-
-def sizes_of(design: Design) -> dict[str, int]:
-    """Number of runs, slices, cells, shapes, families, and of what shares noise."""
-    return {
-        "shared": design.num_shared,
-        "run": design.num_runs,
-        "slice": design.num_slices,
-        "cell": design.num_cells,
-        "shape": design.num_shapes,
-        "family": len(design.families),
-    }
 
 
 def _variable(name: str, prior: Prior, **kwargs: Any) -> Any:

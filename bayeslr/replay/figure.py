@@ -38,8 +38,8 @@ def plot(scores: pd.DataFrame, path: Path) -> None:
         ("regret_mean", "mean regret, nats"), ("cover_90", "coverage of 90 % intervals"),
         ("interval_score", "interval score, octaves"),
     )  # fmt: skip
+    groups = list(scores.groupby("strategy", sort=False))
     for axes, (column, label) in zip(figure.subplots(1, 3), panels, strict=True):
-        groups = list(scores.groupby("strategy", sort=False))
         for place, (name, group) in enumerate(groups):
             by_share = group.groupby("budget_share")[column]
             share = np.array(sorted(group["budget_share"].unique()))

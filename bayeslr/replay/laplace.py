@@ -37,7 +37,7 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
 
     card = load_prior(prior) if isinstance(prior, str) else prior
     design = build_design(runs)
-    own = valley.sizes_of(design)
+    own = design.sizes
     padded = sampling.padded({level: max(size, sizes.get(level, 0)) for level, size in own.items()})
     arrays = valley.model_data(design, padded)
     compiled = compiled_model(arrays, card, len(design.families))
