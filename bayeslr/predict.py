@@ -254,10 +254,11 @@ _LEVELS = {
 def new_family(name: str, draws: Mapping[str, FloatArray], prior: Prior,
                away: Mapping[str, float], normal: Callable[[str], FloatArray],
                ) -> FloatArray:  # fmt: skip
-    """Draws (draw,) of a family-level parameter of a family that was not seen.
+    """Draws of a family-level parameter of families that were not seen, shaped as ``normal``'s.
 
     draws: of the population's parameters, or of a card's. away: of the centre at which levels are
-    stated from the card's reference, natural logs. normal: standard normal draws (draw,) by name.
+    stated from the card's reference, natural logs. normal: standard normal draws by name, (draw,)
+    as the draws are, or (draw, family) of draws (draw, 1).
     """
     if name in _LEVELS:
         start, stem, sd = _LEVELS[name]
@@ -312,10 +313,6 @@ class _Thinned:
         nearest = own[np.abs(values[:, None] - own).argmin(axis=1)]
         return np.asarray(np.where(np.abs(values - nearest) < _ROUNDED, nearest, values))
 
-    def normal(self, name: str) -> FloatArray:
-        """Standard normal draws (draw,); the same for the same name."""
-        return self._line(name)[: self.num_draws]
-
     def normals(self, name: str, groups: Sequence[tuple[float, ...]]) -> FloatArray:
         """Standard normal draws (draw, group); the same for the same name and group, told by its
         numbers, whatever else is asked.
@@ -364,15 +361,16 @@ def _measured(posterior: Posterior) -> dict[str, dict[Any, int]]:
     return found
 
 
-def _centres(posterior: Posterior, families: Iterable[int | None]) -> dict[str, list[float]]:
+def _centres(posterior: Posterior, families: Iterable[int]) -> dict[str, list[float]]:
     """Where each family's loss-token law, floors and edges are stated, by regressor.
 
-    A family that the fit has not seen has the centre of all data; a card alone its reference.
+    families: as of `_family_keys`. One that the fit has not seen has the centre of all data; a card
+    alone its reference.
     """
     centre, design = posterior.info["centre"], posterior.design
     own = {} if design is None else design.family_centres()
     return {
-        name: [value if g is None or name not in own else float(own[name][g]) for g in families]
+        name: [value if g < 0 or name not in own else float(own[name][g]) for g in families]
         for name, value in centre.items()
     }
 
@@ -397,24 +395,26 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
     x = target_features(targets)
     away = {k: centre[k] - reference[k] for k in reference}
 
-    families = _families(posterior, targets)
-    columns = {g: i for i, g in enumerate(dict.fromkeys(families))}
-    column = np.array([columns[g] for g in families])
+    families = _family_keys(posterior, targets)
+    columns = sorted(set(families), reverse=True)  # what was fitted comes first
+    column = np.array([columns.index(g) for g in families])
+    fitted, unseen = [g for g in columns if g >= 0], [(g,) for g in columns if g < 0]
     own = {name: np.array(values)[column] for name, values in _centres(posterior, columns).items()}
 
     def of_family(name: str) -> FloatArray:
         """Draws of a family's parameter, (draw, target), or (draw, 1) where all share a family."""
-        found = [
-            new_family(name, draws, prior, away, thinned.normal) if g is None
-            else draws["family_slope"][:, g, SLOPES.index(name)] if name in SLOPES
-            else draws[name][:, g]
-            for g in columns
-        ]  # fmt: skip
-        by_family = np.stack(found, axis=1)
-        return by_family if len(found) == 1 else by_family[:, column]
+        found = []
+        if fitted:
+            slope = name in SLOPES
+            known = draws["family_slope"][..., SLOPES.index(name)] if slope else draws[name]
+            found.append(known[:, fitted])
+        if unseen:
+            found.append(new_family(name, p, prior, away, lambda of: thinned.normals(of, unseen)))
+        by_family = np.concatenate(found, axis=1)
+        return by_family if len(columns) == 1 else by_family[:, column]
 
     values = np.stack([thinned.snapped(k, x[k]) for k in REGRESSORS], axis=1).tolist()
-    keys = [(-1 if g is None else g, *row) for g, row in zip(families, values, strict=True)]
+    keys = [(g, *row) for g, row in zip(families, values, strict=True)]
     index, group, groups = {}, {}, {}
     for level, depth in _DEPTH.items():
         cut = [key[:depth] for key in keys]
@@ -499,15 +499,16 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     x, centre = target_features(targets), posterior.info["centre"]
     away = np.stack([x[k] - centre[k] for k in REGRESSORS])
     shape = (thinned.num_draws, len(targets))
-    families = _families(posterior, targets)
-    column = np.array([-1 if g is None else g for g in families])
-    new_intercept = draws["mean_intercept"] + draws["family_sd"] * thinned.normal("family_sd")
-    intercept = np.column_stack([draws["intercept"], new_intercept])[:, column]
-    slices, alike = _numbered([tuple(row) for row in np.vstack([column, away.round(4)]).T.tolist()])
+    families = np.array(_family_keys(posterior, targets))
+    p = {name: draws[name][:, None] for name in ("mean_intercept", "family_sd", "residual_sd")}
+    new = thinned.normals("family_sd", [(g,) for g in families.tolist()])
+    intercept = p["mean_intercept"] + p["family_sd"] * new
+    intercept[:, families >= 0] = draws["intercept"][:, families[families >= 0]]
+    slices, alike = _numbered(
+        [tuple(row) for row in np.vstack([families, away.round(4)]).T.tolist()]
+    )
     new = thinned.normals("residual_sd", slices)[:, alike]
-    log_lr = (
-        intercept + draws["coefficient"] @ away + draws["residual_sd"][:, None] * new
-    )  # fmt: skip
+    log_lr = intercept + draws["coefficient"] @ away + p["residual_sd"] * new
     # Least squares knows no losses: their price in tokens is the card's.
     prior = posterior.prior
     bought = np.exp(prior.log_loss_part("tokens", x["log_tokens"]))
@@ -664,6 +665,16 @@ def data_ranges(posterior: Posterior, target: Target) -> dict[str, tuple[float, 
 
 def _families(posterior: Posterior, targets: Sequence[Target]) -> list[int | None]:
     return [family_of(posterior, target) for target in targets]
+
+
+def _family_keys(posterior: Posterior, targets: Sequence[Target]) -> list[int]:
+    """What identifies each target's family: its index in the fit, or below zero a hash of the name
+    of one that the fit has not seen.
+    """
+    return [
+        -1 - zlib.crc32((target.family or "").encode()) if g is None else g
+        for g, target in zip(_families(posterior, targets), targets, strict=True)
+    ]
 
 
 def extra_tokens_share(at: TargetDraws, nats: FloatArray) -> FloatArray:

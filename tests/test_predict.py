@@ -230,6 +230,20 @@ def test_an_unseen_family_is_predicted_at_population_level(posterior: Posterior)
     assert math.isfinite(table["loss_q50"].iloc[0])
 
 
+def test_each_unseen_family_has_effects_of_its_own(posterior: Posterior) -> None:
+    card_alone = prior_posterior("moe-default", num_draws=2000)
+    for fitted, sd in ((posterior, posterior.flat("lr_family_sd")),
+                       (card_alone, card_alone.flat("lr_family_sd"))):  # fmt: skip
+        one, other, again = target_draws(
+            fitted, [target(f"t{i}", family=name) for i, name in enumerate(("a", "b", "a"))]
+        ).log_lr.T
+        np.testing.assert_array_equal(one, again)
+        alone = target_draws(fitted, [target("t", family="b")]).log_lr[:, 0]
+        np.testing.assert_array_equal(other, alone)
+        # Levels alone set two families so far apart; 2,000 draws tell an sd within 10 %.
+        assert (one - other).std() > 0.9 * math.sqrt(2 * (sd**2).mean())
+
+
 def test_another_parameter_convention_is_refused(posterior: Posterior) -> None:
     with pytest.raises(DataError, match=r"counts total parameters, the fitted runs non_embedding"):
         predict(posterior, [target(param_convention="total")])

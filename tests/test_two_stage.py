@@ -11,6 +11,7 @@ from bayeslr.errors import DataError
 from bayeslr.features import Design, build_design
 from bayeslr.models.two_stage import fit, vertices
 from bayeslr.posterior import Posterior
+from bayeslr.predict import target_draws
 from bayeslr.runs import RunTable, make_table
 from bayeslr.sampling import fit as run_fit
 from tests.model_fixtures import made_up_runs, run_record, target
@@ -151,6 +152,11 @@ def test_each_family_has_an_intercept_and_a_new_one_their_scatter() -> None:
     width = np.log(table["lr_q95"] / table["lr_q05"])
     assert width[:3].max() < 1e-4
     assert width[3] == pytest.approx(2 * 1.645 * 0.8 * math.sqrt(4 / 3), rel=0.15)
+    one, other, again = target_draws(
+        posterior, [target(f"t{i}", **at, family=name) for i, name in enumerate("aba")]
+    ).log_lr.T
+    np.testing.assert_array_equal(one, again)
+    assert (one - other).std() == pytest.approx(0.8 * math.sqrt(2 * 4 / 3), rel=0.15)
 
 
 def test_as_many_families_as_slices_are_refused_with_advice() -> None:
