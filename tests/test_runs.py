@@ -384,6 +384,19 @@ def test_separators_and_encodings(tmp_path: Path) -> None:
         read_runs(write(path, HEADER.replace("status", "loss") + GOOD))
 
 
+@pytest.mark.parametrize("first", ["sep=,\n", "sep=,\r\n", '"sep=,"\n'])
+def test_the_line_that_tells_excel_the_separator_is_no_header(first: str, tmp_path: Path) -> None:
+    path = tmp_path / "runs.csv"
+    table = read_runs(write(path, first + HEADER + GOOD + GOOD.replace("a,", "b,")[:-2] + ",,\n"))
+    assert list(table.frame["run_id"]) == ["a"]
+    assert list(table.quarantine["line"]) == [4]
+    for separator, name in ((";", "semicolons"), ("\t", "tabs")):
+        with pytest.raises(DataError, match=f"separated by {name}"):
+            read_runs(write(path, (first + HEADER + GOOD).replace(",", separator)))
+    with pytest.raises(DataError, match="no header"):
+        read_runs(write(path, first))
+
+
 def test_torn_json_line_is_set_aside(tmp_path: Path) -> None:
     text = json.dumps(run()) + "\n\n" + "[1]\n" + json.dumps(run(run_id="b"))[:40]
     entries = read_runs(write(tmp_path / "runs.jsonl", text)).quarantine

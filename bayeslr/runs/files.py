@@ -8,6 +8,7 @@ import io
 import json
 import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,9 @@ from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.runs.cells import Rows, broken_line
 from bayeslr.runs.columns import COLUMN_NAMES, NUMBER_NAMES, REQUIRED_NAMES
 from bayeslr.units import format_quantity
+
+# A line before the header that tells Excel at which separator it is to split the rows.
+_SEPARATOR_LINE = re.compile(r'"?sep=[,;\t]"?\r?')
 
 
 def read_rows(path: Path) -> Rows:
@@ -63,15 +67,19 @@ def read_csv(path: Path) -> Rows:
     Raises: DataError if there is no header, no row, or another separator is used.
     """
     text = _read_text(path)
-    first_line = text.split("\n", 1)[0]
+    first, _, rest = text.partition("\n")
+    told = _SEPARATOR_LINE.fullmatch(first)
+    header_line = rest.partition("\n")[0] if told else first
     for separator, name in ((";", "semicolons"), ("\t", "tabs")):
-        if separator in first_line and "," not in first_line:
+        if separator in header_line and "," not in header_line:
             raise DataError(
                 f"{path} is separated by {name}; save it with commas between cells and points, "
                 "not commas, in decimal numbers"
             )
     # Strict: a quote that is not closed would swallow the rows that follow.
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    if told:
+        next(reader)
     rows: list[list[str]] = []
     lines: list[int] = []
     broken: list[dict[str, Any]] = []
