@@ -415,14 +415,21 @@ MLFLOW_SEARCH = (
 )
 
 
-def test_mlflow_search_runs(tmp_path: Path) -> None:
-    path = write(tmp_path / "runs.csv", MLFLOW_SEARCH)
+MLFLOW_RECORDS = MLFLOW_SEARCH.replace("2024-01-01 10:00:00+00:00", "1704103200000").replace(
+    "2024-01-01 10:02:30+00:00", "1704103350000"
+)
+
+
+@pytest.mark.parametrize("text", [MLFLOW_SEARCH, MLFLOW_RECORDS])
+def test_mlflow_search_runs(text: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "runs.csv", text)
     table = mlflow.read(path, family="f", constants=["param_convention=total"])
     assert column(table, "run_id") == ["id0", "id1"]
     assert column(table, "status") == ["ok", "partial"]
     assert column(table, "lr") == [0.001, 0.002]
     assert column(table, "tokens") == [2e9, 1e9]  # the metric, not the parameter of that name
     assert column(table, "wall_s") == [150, None]
+    assert column(table, "created_at") == ["2024-01-01 10:00:00+00:00"] * 2
 
 
 def test_mlflow_page(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pandas as pd
 
 from bayeslr.errors import DataError
 from bayeslr.importers.mapping import Source, finish, look_names, plan, statuses
-from bayeslr.runs import RunTable, read_csv
+from bayeslr.runs import RunTable, numbers, read_csv
 
 _PREFIXES = ("params.", "tags.", "metrics.")
 _AGAIN = " (2)"  # `read_csv` calls the second column of a name so
@@ -63,9 +63,10 @@ def read(
         given["status"], given["status_reason"] = statuses(rows.frame[state], STATES, loss)
     start = next((h for h in ("start_time", "Start Time") if h in headers), None)
     if start is not None:
-        given["created_at"] = rows.frame[start]
+        given["created_at"] = _dated(rows.frame[start])
     if {"start_time", "end_time"} <= set(headers):
-        given["wall_s"] = _seconds(rows.frame["end_time"]) - _seconds(rows.frame["start_time"])
+        started, ended = (_dated(rows.frame[name]) for name in ("start_time", "end_time"))
+        given["wall_s"] = _seconds(ended) - _seconds(started)
     elif "Duration" in headers:
         given["wall_s"] = _duration(rows.frame["Duration"])
     return finish(rows, made, given)
@@ -88,6 +89,13 @@ def _bare(header: str) -> str:
     for prefix in _PREFIXES:
         header = header.removeprefix(prefix)
     return header.removesuffix(_AGAIN)
+
+
+def _dated(times: pd.Series[Any]) -> pd.Series[Any]:
+    """Times as texts: those of MLflow's own records are in milliseconds since 1970."""
+    milliseconds = numbers(times)[0]
+    dates = pd.to_datetime(pd.Series(milliseconds, index=times.index), unit="ms", errors="coerce")
+    return times.mask(dates.notna(), dates.astype(str) + "+00:00")
 
 
 def _seconds(times: pd.Series[Any]) -> pd.Series[Any]:
