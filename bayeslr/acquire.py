@@ -33,7 +33,7 @@ from bayeslr.predict import (
 from bayeslr.runner_protocol import RecordedRunner, find_runner
 from bayeslr.space import Candidate, repeats, targets_of, trials_in, weights_of
 from bayeslr.space import candidates as candidates_of
-from bayeslr.specs import Recipe, RunSpec, Target
+from bayeslr.specs import Recipe, RunSpec, Target, require_whole
 from bayeslr.units import counted_past, format_quantity
 
 if TYPE_CHECKING:
@@ -650,6 +650,8 @@ def plan(posterior: Posterior, recipe: Recipe, *, budget_flops: float,
     What the fit's runs measured is no candidate, as in a sweep; a run that ended well is one with
     another seed, a repeat that averages its noise out.
     """
+    if num_runs is not None:
+        require_whole(num_runs, "num_runs", 1)
     runner = find_runner(recipe)
     made = [] if posterior.runs is None else trials_in(posterior.runs, recipe, runner)
     pool = candidates_of(recipe, runner, made)

@@ -9,7 +9,7 @@ scored by the log density that it then gives to their optima; the weights follow
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ from bayeslr.predict import (
     slice_target,
     summary,
     target_draws,
+    target_list,
 )
 from bayeslr.runs import RunTable
 from bayeslr.sampling import fit
@@ -74,13 +75,14 @@ class Blend:
 
 
 def blend(
-    runs: RunTable, targets: Sequence[Target], *, cards: Sequence[str] = CARDS, seed: int = 1
+    runs: RunTable, targets: Iterable[Target], *, cards: Sequence[str] = CARDS, seed: int = 1
 ) -> Blend:
     """Fit a table under each card and blend their predictions.
 
     runs: of one parametrisation, for an LR of one does not compare with an LR of another.
     Raises: DataError if the table mixes parametrisations or holds no usable run.
     """
+    targets = target_list(targets)
     kinds = sorted(runs.frame["parametrization"].fillna("sp").unique())
     if len(kinds) > 1:
         raise DataError(

@@ -28,7 +28,7 @@ from bayeslr.features import build_design
 from bayeslr.models.simulate import PlannedSlice, Simulation, simulate
 from bayeslr.posterior import LOOP_GATE, make_posterior
 from bayeslr.predict import predict, target_draws
-from bayeslr.priors import SLOPES, Prior, load_prior
+from bayeslr.priors import SLOPES, Prior, as_prior
 from bayeslr.runs import make_table
 from bayeslr.sampling import configure_jax, fit, sample_design
 from bayeslr.specs import WEIGHT_DECAY, Target
@@ -252,7 +252,7 @@ def calibrate(prior: str | Prior = "moe-default", *, num_tables: int = 20, num_r
         raise SpecError(
             f"num_runs must be at most {_MOST_RUNS}, got {num_runs}; no larger table is simulated"
         )
-    card = load_prior(prior) if isinstance(prior, str) else prior
+    card = as_prior(prior)
     configure_jax()
     tables = []
     for index in range(num_tables):

@@ -8,7 +8,7 @@ slice of the fit; of any other the prior card speaks alone.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,9 +21,9 @@ from bayeslr.predict import (
     TargetDraws,
     extra_tokens_share,
     family_of,
-    require_targets,
     target_draws,
     target_features,
+    target_list,
 )
 from bayeslr.priors import PER_COVARIATE
 from bayeslr.specs import Target
@@ -129,7 +129,7 @@ def least_expected(best: FloatArray, curvature: FloatArray) -> FloatArray:
     return np.asarray((curvature * best).mean(axis=0) / curvature.mean(axis=0))
 
 
-def covariate_table(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
+def covariate_table(posterior: Posterior, targets: Iterable[Target]) -> pd.DataFrame:
     """Best values of the covariates at targets, one row a target and covariate, in order.
 
     Columns: target_id, covariate, reference (the value that the LR of the predictions table holds
@@ -141,7 +141,7 @@ def covariate_table(posterior: Posterior, targets: Sequence[Target]) -> pd.DataF
     """
     import pandas as pd
 
-    require_targets(targets)
+    targets = target_list(targets)
     design = posterior.design
     names = () if design is None or "covariate" not in posterior.draws.dims else design.covariates
     seen = [target for target in targets if names and family_of(posterior, target) is not None]

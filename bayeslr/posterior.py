@@ -13,7 +13,7 @@ import os
 import platform
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,10 +22,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xarray as xr
 
-from bayeslr.errors import BayeslrError, DataError, StorageError
+from bayeslr.errors import BayeslrError, DataError, SpecError, StorageError
 from bayeslr.features import REGRESSORS, Design, build_design
 from bayeslr.priors import OUTPUTS, SLOPES, Distribution, Prior
 from bayeslr.runs import RunTable, identifiability, read_runs
+from bayeslr.specs import as_path
 from bayeslr.units import counted, parse_quantity
 
 if TYPE_CHECKING:
@@ -69,17 +70,17 @@ class Posterior:
     design: Design | None = None
     runs: RunTable | None = None
 
-    def predict(self, targets: Sequence[Target]) -> pd.DataFrame:
+    def predict(self, targets: Iterable[Target]) -> pd.DataFrame:
         """Predictions table: recommended LR, quantiles of LR*, regret. See `bayeslr.predict`."""
         table: pd.DataFrame = _higher("predict").predict(self, targets)
         return table
 
-    def regret(self, targets: Sequence[Target], lr: float | Sequence[float]) -> NDArray[np.float64]:
+    def regret(self, targets: Iterable[Target], lr: float | Sequence[float]) -> NDArray[np.float64]:
         """Draws of the regret of training each target at ``lr``, nats, (draw, target)."""
         draws: NDArray[np.float64] = _higher("predict").regret(self, targets, lr)
         return draws
 
-    def covariates(self, targets: Sequence[Target]) -> pd.DataFrame:
+    def covariates(self, targets: Iterable[Target]) -> pd.DataFrame:
         """Best weight decay and LR multipliers. See `bayeslr.covariates.covariate_table`."""
         table: pd.DataFrame = _higher("covariates").covariate_table(self, targets)
         return table
@@ -360,7 +361,7 @@ def save(posterior: Posterior, path: str | Path) -> None:
 
     Raises: StorageError if the disk is full or the path is something else than a fit folder.
     """
-    path = require_place(path)
+    path = require_place(as_path(path))
     folder = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
         folder.mkdir(parents=True)
@@ -395,7 +396,7 @@ def save(posterior: Posterior, path: str | Path) -> None:
 
 def load(path: str | Path) -> Posterior:
     """Read a fit folder. Raises: StorageError if it is missing, damaged or of another schema."""
-    path = Path(path)
+    path = as_path(path)
     if not (path / FIT_FILE).is_file():
         raise StorageError(
             f"{path} is no fit folder: {FIT_FILE} is missing; make one with bayeslr fit"
@@ -470,6 +471,15 @@ def _prior_document(prior: Prior) -> dict[str, Any]:
 def _prior_from(document: Mapping[str, Any]) -> Prior:
     parameters = {name: Distribution(**entry) for name, entry in document["parameters"].items()}
     return Prior(**{**document, "parameters": parameters})
+
+
+def require_posterior(posterior: object) -> None:
+    """Raises: SpecError for what is no posterior."""
+    if not isinstance(posterior, Posterior):
+        raise SpecError(
+            f"a posterior is needed, got {type(posterior).__name__}; bayeslr.fit(table) makes one, "
+            "bayeslr.Posterior.load(folder) reads one"
+        )
 
 
 def require_convention(posterior: Posterior, target: Target) -> None:

@@ -23,10 +23,10 @@ import numpy as np
 from bayeslr import laws
 from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import REGRESSORS
-from bayeslr.posterior import Posterior, make_posterior, require_convention
-from bayeslr.priors import PER_FAMILY, SLOPES, Prior, load_prior
+from bayeslr.posterior import Posterior, make_posterior, require_convention, require_posterior
+from bayeslr.priors import PER_FAMILY, SLOPES, Prior, as_prior
 from bayeslr.runs import read_rows
-from bayeslr.specs import Target, require_plausible_counts
+from bayeslr.specs import Target, as_path, require_plausible_counts, require_whole
 from bayeslr.units import (
     MOST_EXTRA_TOKENS,
     format_extra_tokens,
@@ -92,7 +92,9 @@ class TargetDraws:
 
 def prior_posterior(prior: str | Prior, *, num_draws: int = 4000, seed: int = 1) -> Posterior:
     """Draws from a prior card alone: what the published evidence says before any run."""
-    card = load_prior(prior) if isinstance(prior, str) else prior
+    require_whole(num_draws, "num_draws", 1)
+    require_whole(seed, "seed")
+    card = as_prior(prior)
     rng = np.random.default_rng(seed)
     draws = {name: entry.draw(rng, num_draws)[None] for name, entry in card.parameters.items()}
     return make_posterior(draws, None, None, card, method="prior", seed=seed, statistics={})
@@ -104,7 +106,7 @@ def read_targets(path: str | Path) -> list[Target]:
     Numbers may be quantities, ``1.3B``; other columns are left alone.
     Raises: DataError that names the line and the column.
     """
-    rows = read_rows(Path(path))
+    rows = read_rows(as_path(path))
     for broken in rows.broken:
         raise DataError(f"{path} line {broken['line']}: {broken['rule']}; {broken['advice']}")
     fields = dataclasses.fields(Target)
@@ -194,18 +196,22 @@ def family_of(posterior: Posterior, target: Target) -> int | None:
     return families.index(target.family) if target.family in families else None
 
 
-def require_targets(targets: Sequence[Target]) -> None:
-    """Raises: SpecError for a single target, or for what is none."""
+def target_list(targets: Iterable[Target]) -> list[Target]:
+    """Targets as a list. Raises: SpecError for a single target, or for what is none."""
     if isinstance(targets, Target):
         raise SpecError("targets are given as a list, got a single one; put it in brackets")
-    for target in targets:
+    if not isinstance(targets, Iterable):
+        raise SpecError(f"targets are a list of bayeslr.Target, got {targets!r:.80}")
+    listed = list(targets)
+    for target in listed:
         if not isinstance(target, Target):
             raise SpecError(
                 f"a target is a bayeslr.Target, got {type(target).__name__}: {target!r}"[:300]
             )
+    return listed
 
 
-def target_draws(posterior: Posterior, targets: Sequence[Target], *,
+def target_draws(posterior: Posterior, targets: Iterable[Target], *,
                  max_draws: int = _MAX_DRAWS) -> TargetDraws:  # fmt: skip
     """Draws of the valley at each target.
 
@@ -215,7 +221,8 @@ def target_draws(posterior: Posterior, targets: Sequence[Target], *,
     Raises: UntrustworthyFit for draws that are no numbers; DataError without a target; SpecError
     for one that is in no list.
     """
-    require_targets(targets)
+    require_posterior(posterior)
+    targets = target_list(targets)
     if not targets:
         raise DataError("there is no target to draw at")
     for target in targets:
@@ -595,14 +602,17 @@ def quantiles(draws: FloatArray, levels: Sequence[float]) -> FloatArray:
     return np.asarray((1 - share) * ordered[below] + share * ordered[above])
 
 
-def regret(posterior: Posterior, targets: Sequence[Target],
+def regret(posterior: Posterior, targets: Iterable[Target],
            lr: float | Sequence[float]) -> FloatArray:  # fmt: skip
     """Draws of the regret of training each target at ``lr``, in nats, shape (draw, target).
 
     Raises: SpecError if an LR is not positive and finite, or their number is not the targets'.
     """
-    require_targets(targets)
-    values = np.asarray(lr, dtype=float)
+    targets = target_list(targets)
+    try:
+        values = np.asarray(lr, dtype=float)
+    except (TypeError, ValueError) as error:
+        raise SpecError(f"lr must be a number, or one a target, got {lr!r:.80}") from error
     if values.ndim and values.shape != (len(targets),):
         raise SpecError(f"{values.size} LRs for {len(targets)} targets; give one, or one a target")
     values = np.broadcast_to(values, (len(targets),))
@@ -611,7 +621,7 @@ def regret(posterior: Posterior, targets: Sequence[Target],
     return regret_draws(target_draws(posterior, targets), np.log(values))
 
 
-def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray:
+def extrapolation(posterior: Posterior, targets: Iterable[Target]) -> FloatArray:
     """Distance of each target outside the data, in the data's spreads (target,).
 
     The data are those of the target's family; all of them for a family that the fit has not seen.
@@ -619,6 +629,8 @@ def extrapolation(posterior: Posterior, targets: Sequence[Target]) -> FloatArray
     divided by the data's range, or by ln 2 where that is narrower. The four add in squares.
     Infinite without data.
     """
+    require_posterior(posterior)
+    targets = target_list(targets)
     return _beyond(posterior, targets)[0]
 
 
@@ -687,7 +699,7 @@ def extra_tokens_share(at: TargetDraws, nats: FloatArray) -> FloatArray:
     return np.asarray(np.minimum(left ** (-1.0 / exponent) - 1.0, MOST_EXTRA_TOKENS))
 
 
-def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
+def predict(posterior: Posterior, targets: Iterable[Target]) -> pd.DataFrame:
     """Predictions table, one row a target, in order.
 
     Columns: target_id, lr (recommended), lr_q05 .. lr_q95, regret_mean and regret_q95 (nats, of the
@@ -700,7 +712,8 @@ def predict(posterior: Posterior, targets: Sequence[Target]) -> pd.DataFrame:
     """
     import pandas as pd
 
-    require_targets(targets)
+    require_posterior(posterior)
+    targets = target_list(targets)
     if not targets:
         raise DataError("there is no target to predict; the targets table is empty")
     for target in targets:

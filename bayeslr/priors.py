@@ -261,11 +261,21 @@ def list_priors() -> list[str]:
     return sorted(path.stem for path in _folder().glob("*.toml"))
 
 
+def as_prior(prior: str | Path | Prior) -> Prior:
+    """A card as it is, or by its name or path. Raises: SpecError for anything else."""
+    return prior if isinstance(prior, Prior) else load_prior(prior)
+
+
 def load_prior(name: str | Path) -> Prior:
     """Read a shipped card by name, or any card by a path that ends in .toml.
 
     Raises: SpecError if it does not exist or breaks a rule.
     """
+    if not isinstance(name, str | Path):
+        raise SpecError(
+            f"a prior card is given by its name or its path, got {type(name).__name__}; the "
+            f"shipped cards are {', '.join(list_priors())}"
+        )
     path = Path(name) if str(name).endswith(".toml") else _folder() / f"{name}.toml"
     return _parse(path, seen=())
 

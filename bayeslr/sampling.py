@@ -22,8 +22,9 @@ from bayeslr.models import two_stage, valley
 from bayeslr.models.compiled import CompiledModel, compiled_model
 from bayeslr.nuts import sample
 from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
-from bayeslr.priors import OUTPUTS, Prior, load_prior
+from bayeslr.priors import OUTPUTS, Prior, as_prior
 from bayeslr.runs import RunTable
+from bayeslr.specs import require_whole
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -364,10 +365,8 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     counts = {"seed": (seed, 0), "num_warmup": (num_warmup, 1), "num_draws": (num_draws, 1),
               "num_chains": (num_chains, 2)}  # fmt: skip
     for name, (value, least) in counts.items():
-        if value < least:
-            why = "; chains are compared with one another" if name == "num_chains" else ""
-            raise SpecError(f"{name} must be at least {least}, got {value}{why}")
-    card = load_prior(prior) if isinstance(prior, str) else prior
+        require_whole(value, name, least)
+    card = as_prior(prior)
     design = build_design(runs)
     started = time.monotonic()
     if method == "two-stage":

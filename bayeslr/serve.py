@@ -35,7 +35,7 @@ from bayeslr.posterior import Posterior
 from bayeslr.runs import RunTable, concat, first_reasons, make_table, read_runs
 from bayeslr.runs.files import json_text
 from bayeslr.space import Candidate
-from bayeslr.specs import RunSpec, Spec, Target, make_spec
+from bayeslr.specs import RunSpec, Spec, Target, make_spec, require_whole
 
 _ALWAYS = ("runs", "prior", "seed", "targets")
 _NEEDED = {
@@ -65,7 +65,8 @@ class Server:
         if op == "choose":
             candidates = _candidates(request)
             under_way = _specs(RunSpec, request, "under_way") if "under_way" in request else []
-            num_runs, choice_seed = _whole(request, "num_runs", 1), _whole(request, "choice_seed")
+            num_runs = require_whole(request["num_runs"], "num_runs", 1)
+            choice_seed = require_whole(request["choice_seed"], "choice_seed")
         table = _table(request)
         set_aside = first_reasons(table.quarantine)
         posterior = self._fit(table, request)
@@ -95,7 +96,7 @@ class Server:
         }
 
     def _fit(self, table: RunTable, request: Mapping[str, Any]) -> Posterior:
-        prior, seed = request["prior"], _whole(request, "seed")
+        prior, seed = request["prior"], require_whole(request["seed"], "seed")
         if not isinstance(prior, str):
             raise SpecError(f"prior must be the name of a card or the path of one, got {prior!r}")
         key = (table.data_hash, prior, seed)
@@ -124,13 +125,6 @@ def _list(request: Mapping[str, Any], name: str, kind: type, what: str) -> list[
         if not isinstance(entry, kind):
             raise SpecError(f"{name} must be a list of {what}, got {entry!r:.80} as {name}[{i}]")
     return found
-
-
-def _whole(request: Mapping[str, Any], name: str, least: int = 0) -> int:
-    value = request[name]
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise SpecError(f"{name} must be a whole number, at least {least}, got {value!r:.80}")
-    return value
 
 
 def _specs(cls: type[Spec], request: Mapping[str, Any], name: str) -> list[Spec]:

@@ -92,6 +92,20 @@ def _whole_if_given(owner: object, *names: str) -> None:
             raise SpecError(f"{name} must be a whole number, as in 4, got {value!r}")
 
 
+def require_whole(value: object, name: str, least: int = 0) -> int:
+    """A whole number that is large enough. Raises: SpecError that says so."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise SpecError(f"{name} must be a whole number, at least {least}, got {value!r:.80}")
+    return int(value)
+
+
+def as_path(value: object) -> Path:
+    """A path that is given as text or as a Path. Raises: SpecError for anything else."""
+    if not isinstance(value, str | Path):
+        raise SpecError(f"a path is a text or a pathlib.Path, got {type(value).__name__}")
+    return Path(value)
+
+
 def check_keys(given: Mapping[str, Any], allowed: Sequence[str], where: str) -> None:
     """Refuse keys that a table does not take. Raises: SpecError with those it takes."""
     unknown = sorted(set(given) - set(allowed))

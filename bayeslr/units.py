@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from numbers import Real
 
 from bayeslr.errors import SpecError
 
@@ -27,8 +28,10 @@ def parse_quantity(text: str | float, *, name: str = "value") -> float:
                 "suffixes are K, M, B and T, the decimal sign is a point"
             )
         number = float(re.sub("[_,]", "", match.group(1))) * _SUFFIX[match.group(2).upper()]
-    else:
+    elif isinstance(text, Real) and not isinstance(text, bool):
         number = float(text)
+    else:
+        raise SpecError(f"{name} must be a number such as 1.3B, got {text!r:.80}")
     if not math.isfinite(number) or number <= 0:
         raise SpecError(f"{name} must be finite and > 0, got {text!r}")
     return number

@@ -194,9 +194,9 @@ def test_padded_sizes_grow_by_coarse_steps() -> None:
 @pytest.mark.parametrize(
     ("how", "told"),
     [
-        ({"num_chains": 1}, "num_chains must be at least 2, got 1; chains are compared"),
-        ({"num_draws": 0}, "num_draws must be at least 1, got 0"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"num_chains": 1}, "num_chains must be a whole number, at least 2, got 1"),
+        ({"num_draws": 0}, "num_draws must be a whole number, at least 1, got 0"),
+        ({"seed": -1}, "seed must be a whole number, at least 0, got -1"),
     ],
 )
 def test_counts_that_cannot_work_are_refused(how: dict[str, int], told: str) -> None:

@@ -39,7 +39,7 @@ from bayeslr.loop.worker import Progress, Stop, Worker, silent
 from bayeslr.runner_protocol import Runner, Study, find_entry_point, find_runner, mask_password
 from bayeslr.runs import write_atomically
 from bayeslr.space import candidates, cell_of, targets_of, weights_of
-from bayeslr.specs import Recipe, Target, load_recipe, recipe_document
+from bayeslr.specs import Recipe, Target, as_path, load_recipe, recipe_document
 from bayeslr.units import format_flops, gpu_hours
 
 MUTABLE = ("budget_flops", "budget_gpu_hours", "flops_per_second", "max_runs", "batch_runs",
@@ -92,7 +92,9 @@ def sweep(
         recipe = dataclasses.replace(recipe, strategy=strategy)
     from bayeslr.report import report
 
-    out = Path(out)
+    if not isinstance(storage, str | None):
+        raise SpecError(f"storage is the URL of an Optuna storage, as a text; got {storage!r:.80}")
+    out = as_path(out)
     runner = find_runner(recipe)
     check_recipe(recipe, runner)
     _require_its_storage(out, recipe.name, storage)
@@ -228,7 +230,7 @@ def open_recipe(recipe: Recipe | str | Path) -> Recipe:
 
 def find_recipe(name: str | Path) -> Path:
     """Path of a recipe file, given as such or by the name of a shipped one."""
-    path = Path(name)
+    path = as_path(name)
     if path.exists():
         return path
     shipped: dict[str, Path] = {}

@@ -16,7 +16,7 @@ from bayeslr.features import build_design
 from bayeslr.models import valley
 from bayeslr.models.compiled import compiled_model
 from bayeslr.posterior import LOOP_GATE, Posterior, make_posterior
-from bayeslr.priors import Prior, load_prior
+from bayeslr.priors import Prior, as_prior
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,7 +35,7 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
     sampling.configure_jax()
     import jax.numpy as jnp
 
-    card = load_prior(prior) if isinstance(prior, str) else prior
+    card = as_prior(prior)
     design = build_design(runs)
     own = design.sizes
     padded = sampling.padded({level: max(size, sizes.get(level, 0)) for level, size in own.items()})

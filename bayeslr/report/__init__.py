@@ -6,20 +6,19 @@ import datetime
 import json
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bayeslr import __version__
-from bayeslr.errors import SpecError
-from bayeslr.posterior import Posterior
-from bayeslr.predict import predict, require_targets
+from bayeslr.posterior import Posterior, require_posterior
+from bayeslr.predict import predict, target_list
 from bayeslr.report import checks, provenance, scaling, slices, stability, targets
 from bayeslr.report.figures import LAW_DASHES
 from bayeslr.report.published import PUBLISHED_LAWS
 from bayeslr.report.rendering import render_page
 from bayeslr.runs import write_atomically
-from bayeslr.specs import Target
+from bayeslr.specs import Target, as_path
 from bayeslr.units import format_lr
 
 __all__ = ["report"]
@@ -29,7 +28,7 @@ def report(
     posterior: Posterior,
     path: str | Path,
     *,
-    targets: Sequence[Target] | None = None,
+    targets: Iterable[Target] | None = None,
     validation: Sequence[str] = (),
     flops_per_second: float | None = None,
 ) -> Path:
@@ -63,12 +62,8 @@ def report(
     StorageError
         The file cannot be written.
     """
-    if not isinstance(posterior, Posterior):
-        raise SpecError(
-            f"report takes a posterior, got {type(posterior).__name__}; "
-            "bayeslr.Posterior.load(folder) reads one"
-        )
-    path = Path(path)
+    require_posterior(posterior)
+    path = as_path(path)
     page = render(posterior, targets, validation, flops_per_second)
     write_atomically(path, page.encode("utf-8"))
     return path
@@ -76,14 +71,13 @@ def report(
 
 def render(
     posterior: Posterior,
-    given: Sequence[Target] | None = None,
+    given: Iterable[Target] | None = None,
     validation: Sequence[str] = (),
     flops_per_second: float | None = None,
 ) -> str:
     """The report's HTML."""
-    require_targets(given or [])
-    page = _page(posterior, list(given or []), validation, flops_per_second)
-    return render_page("bayeslr.report", page)
+    chosen = [] if given is None else target_list(given)
+    return render_page("bayeslr.report", _page(posterior, chosen, validation, flops_per_second))
 
 
 def _page(posterior: Posterior, given: list[Target], validation: Sequence[str],

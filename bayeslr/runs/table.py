@@ -20,7 +20,7 @@ from bayeslr.runs.cells import Rows, empty_quarantine, first_reasons, quarantine
 from bayeslr.runs.columns import COLUMN_NAMES, SHAPE_KEYS
 from bayeslr.runs.files import encode, json_lines, read_quarantine, read_rows, write_atomically
 from bayeslr.runs.rules import apply_rules
-from bayeslr.specs import COVARIATES
+from bayeslr.specs import COVARIATES, as_path
 from bayeslr.units import train_flops
 
 
@@ -67,7 +67,7 @@ class RunTable:
         Raises: SpecError on another suffix; StorageError if the disk is full or not writable, in
         which case a file that was there before is as it was.
         """
-        path = Path(path)
+        path = as_path(path)
         write_atomically(path, encode(self.frame, path))
 
 
@@ -171,15 +171,23 @@ def make_table(
     """
     if isinstance(data, Rows):
         return _check([data], warnings)
-    frame = data if isinstance(data, pd.DataFrame) else pd.DataFrame.from_records(list(data))
+    if isinstance(data, pd.DataFrame):
+        frame = data
+    else:
+        records = list(data) if isinstance(data, Iterable) else [data]
+        wrong = [row for row in records if not isinstance(row, Mapping)]
+        if wrong:
+            raise SpecError(f"a row is a mapping of column to value, got {wrong[0]!r:.80}")
+        frame = pd.DataFrame.from_records(records)
     lines = np.arange(1, len(frame) + 1)
     return _check([Rows(frame.reset_index(drop=True), source, lines)], warnings)
 
 
 def concat(tables: Sequence[RunTable]) -> RunTable:
     """One table of several; runs that contradict each other across them are quarantined."""
-    if not tables:
-        raise SpecError("concat needs at least one table")
+    tables = list(tables) if isinstance(tables, Iterable) else [tables]
+    if not tables or not all(isinstance(table, RunTable) for table in tables):
+        raise SpecError("concat takes a list of run tables, at least one")
     parts = [
         Rows(t.frame.reset_index(drop=True), t.source, np.arange(1, len(t) + 1)) for t in tables
     ]
