@@ -429,6 +429,23 @@ def test_failed_runs_are_made_again_with_retry(
     assert result.spent_flops <= 12e12
 
 
+def test_options_that_the_trainer_alone_refuses_can_be_mended(tmp_path: Path) -> None:
+    budget = {"sweep__budget_flops": 12e12}
+    with pytest.raises(DataError, match="no run came to anything"):
+        sweep(tmp_path, **budget, options__argv=["{python}", "-c", "raise SystemExit('no')"])
+    with pytest.raises(SpecError, match=r"another recipe: run\.seq_len differ"):
+        sweep(tmp_path, **budget, run__seq_len=32)
+    result, _ = sweep(tmp_path, **budget)
+    study = open_study(None, "toy", tmp_path, None)
+    trials = study.trials()
+    study.close()
+    assert [t.state for t in trials[:12]] == ["failed"] * 6 + ["ok"] * 6
+    assert {t.spec.run_id for t in trials[:6]} == {t.spec.run_id for t in trials[6:12]}
+    assert result.spent_flops <= 12e12
+    with pytest.raises(SpecError, match=r"another recipe: options\.seconds differ"):
+        sweep(tmp_path, **budget, options__seconds=0.1)
+
+
 def test_a_run_that_is_made_again_is_paid_for_again(tmp_path: Path) -> None:
     """The part that the first try got through is spent; the second may cost the whole."""
     marker = tmp_path / "mended"

@@ -32,14 +32,14 @@ from typing import Any
 from bayeslr.errors import SpecError, StorageError
 from bayeslr.loop.ending import SweepResult as SweepResult
 from bayeslr.loop.ending import advice, conclude, train_target
-from bayeslr.loop.planning import Planner, ask_again, first_runs
+from bayeslr.loop.planning import Planner, ask_again, came_to_nothing, first_runs
 from bayeslr.loop.status import status_of
 from bayeslr.loop.validation import validation_runs
 from bayeslr.loop.worker import Progress, Stop, Worker, silent
 from bayeslr.runner_protocol import Runner, Study, find_entry_point, find_runner, mask_password
 from bayeslr.runs import write_atomically
 from bayeslr.space import candidates, cell_of, targets_of, weights_of
-from bayeslr.specs import Recipe, Target, as_path, load_recipe, recipe_document
+from bayeslr.specs import Recipe, RunSpec, Target, as_path, load_recipe, recipe_document
 from bayeslr.units import format_flops, gpu_hours
 
 MUTABLE = ("budget_flops", "budget_gpu_hours", "flops_per_second", "max_runs", "batch_runs",
@@ -103,7 +103,7 @@ def sweep(
             storage, recipe.name, out, recipe
         )
         try:
-            _take_up(study, recipe, retry)
+            _take_up(study, recipe, runner, retry)
             _write_resolved(recipe, out, storage)
             stop = Worker(
                 study,
@@ -303,11 +303,16 @@ def describe(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-def _take_up(study: Study, recipe: Recipe, retry: bool) -> None:
+def _take_up(study: Study, recipe: Recipe, runner: Runner, retry: bool) -> None:
     """Reconcile the recipe with the study's, and lift a stop that no longer holds."""
     stored, given = recipe_document(study.recipe()), recipe_document(recipe)
     changed = changes(stored, given)
     fixed = [c for c in changed if c.removeprefix("sweep.") not in MUTABLE]
+    mended: dict[str, RunSpec] = {}
+    if came_to_nothing(study.trials()) and any(c.startswith("options") for c in fixed):
+        # What the trainer alone could refuse: it had to be tried first.
+        fixed = [c for c in fixed if not c.startswith("options")]
+        mended = {priced.spec.run_id: priced.spec for priced in candidates(recipe, runner)}
     if fixed:
         raise SpecError(
             f"study {recipe.name!r} was started with another recipe: {', '.join(fixed)} differ; "
@@ -316,7 +321,7 @@ def _take_up(study: Study, recipe: Recipe, retry: bool) -> None:
     if changed:
         study.set_recipe(recipe)
         study.set_note("stop", None)
-    if retry and ask_again(study):
+    if (retry or mended) and ask_again(study, mended):
         study.set_note("stop", None)
 
 

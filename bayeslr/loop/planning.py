@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, final
 
 import numpy as np
@@ -24,7 +26,7 @@ from bayeslr.space import (
     targets_of,
     weights_of,
 )
-from bayeslr.specs import Recipe
+from bayeslr.specs import Recipe, RunSpec
 from bayeslr.units import format_flops, format_interval, format_lr, format_quantity
 
 if TYPE_CHECKING:
@@ -216,8 +218,17 @@ def again(trials: Sequence[Trial]) -> list[Due]:
     ]
 
 
-def ask_again(study: Study) -> bool:
-    """Put the runs that failed or were lost into a batch of their own; whether there were any."""
+def came_to_nothing(trials: Sequence[Trial]) -> bool:
+    """Whether there were runs and each of them failed or was lost: nothing rests on them then."""
+    states = {t.state for t in trials if not t.void}
+    return bool(states) and states <= set(FAILED_STATES)
+
+
+def ask_again(study: Study, mended: Mapping[str, RunSpec] = MappingProxyType({})) -> bool:
+    """Put the runs that failed or were lost into a batch of their own; whether there were any.
+
+    mended: by run_id, what a run is from now on.
+    """
     trials = study.trials()
     due = again(trials)
     if not due:
@@ -226,6 +237,7 @@ def ask_again(study: Study) -> bool:
     while study.note(f"batch:{number}") is not None:
         number += 1
     due += due_runs(study, trials, number - 1)
+    due = [replace(run, spec=mended.get(run.spec.run_id, run.spec)) for run in due]
     study.set_note(f"batch:{number}", {"runs": [due_entry(run) for run in due]})
     return True
 
