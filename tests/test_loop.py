@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,22 @@ with open(sys.argv[2], "a") as records:
         row = dict(tokens=tokens, loss=loss_of(spec, tokens), wall_s=seconds)
         records.write(json.dumps(row) + chr(10))
 """
+
+
+def test_a_budget_that_does_not_pay_for_what_was_killed_is_refused(tmp_path: Path) -> None:
+    few = {"sweep__max_runs": 2}
+    first, _ = sweep(tmp_path, **few)
+    study = open_study(None, "toy", tmp_path, None)
+    spec = dataclasses.replace(study.trials()[0].spec, run_id="killed")
+    assert study.ask(spec, flops=1e12, reason="a run that was killed") is not None
+    study.close()
+    needed = first.spent_flops + 1e12
+    told = re.escape(f"is below the {needed:.10g} FLOPs")
+    with pytest.raises(SpecError, match=f"{told}.*have not ended"):
+        sweep(tmp_path, **few, sweep__budget_flops=first.spent_flops)
+    result, _ = sweep(tmp_path, **few, sweep__budget_flops=needed)
+    assert finished_runs(tmp_path)["killed"][0] == "ok"
+    assert result.spent_flops <= needed
 
 
 def test_a_budget_in_gpu_hours_is_kept_and_said(tmp_path: Path) -> None:

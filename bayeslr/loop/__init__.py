@@ -308,8 +308,8 @@ def _take_up(study: Study, recipe: Recipe, runner: Runner, retry: bool) -> None:
     stored, given = recipe_document(study.recipe()), recipe_document(recipe)
     changed = changes(stored, given)
     fixed = [c for c in changed if c.removeprefix("sweep.") not in MUTABLE]
-    mended: dict[str, RunSpec] = {}
-    if came_to_nothing(study.trials()) and any(c.startswith("options") for c in fixed):
+    trials, mended = study.trials(), dict[str, RunSpec]()
+    if came_to_nothing(trials) and any(c.startswith("options") for c in fixed):
         # What the trainer alone could refuse: it had to be tried first.
         fixed = [c for c in fixed if not c.startswith("options")]
         mended = {priced.spec.run_id: priced.spec for priced in candidates(recipe, runner)}
@@ -317,6 +317,13 @@ def _take_up(study: Study, recipe: Recipe, runner: Runner, retry: bool) -> None:
         raise SpecError(
             f"study {recipe.name!r} was started with another recipe: {', '.join(fixed)} differ; "
             f"only {', '.join(MUTABLE)} may change. Give the sweep another name or folder"
+        )
+    reserved = math.fsum(t.flops for t in trials)
+    if recipe.budget_flops < reserved * (1 - 1e-9) and not all(t.finished for t in trials):
+        raise SpecError(
+            f"the budget of {format_flops(recipe.budget_flops)} is below the {reserved:.10g} FLOPs "
+            "that the runs of this sweep have spent or reserved, and some of them have not ended: "
+            "give at least that"
         )
     if changed:
         study.set_recipe(recipe)
