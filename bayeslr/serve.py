@@ -35,7 +35,7 @@ from bayeslr.posterior import Posterior
 from bayeslr.runs import RunTable, concat, first_reasons, make_table, read_runs
 from bayeslr.runs.files import json_text
 from bayeslr.space import Candidate
-from bayeslr.specs import RunSpec, Spec, Target, make_spec, require_whole
+from bayeslr.specs import RunSpec, Spec, Target, is_finite, make_spec, require_whole
 
 _ALWAYS = ("runs", "prior", "seed", "targets")
 _NEEDED = {
@@ -138,8 +138,7 @@ def _candidates(request: Mapping[str, Any]) -> list[Candidate]:
         count = f"{len(flops)} of them" if isinstance(flops, list) else repr(flops)
         raise SpecError(f"flops must be {len(specs)} numbers, one a candidate, got {count}")
     for i, value in enumerate(flops):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and 0 < value <= sys.float_info.max):
+        if not (is_finite(value) and value > 0):
             raise SpecError(f"flops[{i}] must be a number > 0, got {value!r:.80}")
     return [Candidate(spec=s, flops=float(f)) for s, f in zip(specs, flops, strict=True)]
 

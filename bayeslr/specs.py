@@ -34,6 +34,9 @@ MAX_COUNT = 1e16
 WEIGHT_DECAY = 0.1
 """AdamW's, where a recipe states none."""
 
+JOURNAL_FILE = "study.journal"
+"""In the folder of a sweep, its study, unless that lies in another storage."""
+
 STRATEGIES = ("bayes", "random", "classical", "ladder", "d-optimal")
 
 Spec = TypeVar("Spec")
@@ -77,7 +80,7 @@ def _positive(owner: object, *names: str) -> None:
     _numbers(owner, *names)
     for name in names:
         value = getattr(owner, name)
-        if not 0 < value <= sys.float_info.max:  # JSON's whole numbers know no bound
+        if not (value > 0 and is_finite(value)):
             raise SpecError(f"{name} must be finite and > 0, got {value!r:.80}")
 
 
@@ -90,6 +93,12 @@ def _whole_if_given(owner: object, *names: str) -> None:
         value = getattr(owner, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral)):
             raise SpecError(f"{name} must be a whole number, as in 4, got {value!r}")
+
+
+def is_finite(value: Any) -> bool:
+    """Whether a value is a number that a float can hold: JSON's whole numbers know no bound."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def require_whole(value: object, name: str, least: int = 0) -> int:
@@ -307,8 +316,7 @@ class RunSpec:
             f"run {self.run_id}: warmup_tokens must be in [0, tokens), got {self.warmup_tokens}",
         )
         _require(
-            isinstance(self.decay_at, list | tuple)
-            and all(isinstance(t, Real) and abs(t) <= sys.float_info.max for t in self.decay_at),
+            isinstance(self.decay_at, list | tuple) and all(is_finite(t) for t in self.decay_at),
             f"run {self.run_id}: decay_at must be a list of token counts, got {self.decay_at!r}",
         )
         for name in ("shape", "options"):

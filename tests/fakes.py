@@ -61,10 +61,9 @@ def fit(runs: Any, prior: str = "moe-default", *, seed: int = 1, **_: Any) -> Fa
 
 
 def refit(runs: Any, prior: str, *, seed: int) -> FakePosterior:
-    """By whatever stands in for ``fit``: few draws, then all."""
-    stand_in = sys.modules["bayeslr.sampling"].fit
-    found = stand_in(runs, prior, seed=seed, fast=True)
-    return found if found.trustworthy else stand_in(runs, prior, seed=seed)
+    """By whatever stands in for ``fit``."""
+    found: FakePosterior = sys.modules["bayeslr.sampling"].fit(runs, prior, seed=seed, fast=True)
+    return found
 
 
 def predict(posterior: FakePosterior, targets: Sequence[Any]) -> pd.DataFrame:

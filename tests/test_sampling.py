@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bayeslr import sampling
 from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.models import valley
@@ -202,6 +205,21 @@ def test_padded_sizes_grow_by_coarse_steps() -> None:
 def test_counts_that_cannot_work_are_refused(how: dict[str, int], told: str) -> None:
     with pytest.raises(SpecError, match=told):
         fit(made_up_runs(), **how)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("mixes", "fits"), [(True, [True]), (False, [True, False])])
+def test_a_refit_that_does_not_mix_is_made_again_with_all_draws(
+    monkeypatch: pytest.MonkeyPatch, mixes: bool, fits: list[bool]
+) -> None:
+    calls: list[bool] = []
+
+    def stand_in(*_: Any, fast: bool = False, **__: Any) -> SimpleNamespace:
+        calls.append(fast)
+        return SimpleNamespace(trustworthy=mixes)
+
+    monkeypatch.setattr(sampling, "fit", stand_in)
+    assert sampling.refit(made_up_runs(), "moe-default", seed=1).trustworthy is mixes
+    assert calls == fits
 
 
 def test_a_path_is_no_run_table() -> None:

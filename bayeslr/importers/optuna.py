@@ -17,6 +17,7 @@ from bayeslr.errors import DataError, SpecError, StorageError
 from bayeslr.importers.mapping import finish, look_names, plan, statuses
 from bayeslr.importers.optuna_storages import is_storage, read_trials
 from bayeslr.runs import Rows, RunTable, make_table, read_csv
+from bayeslr.specs import JOURNAL_FILE
 
 # Optuna turns a trial whose value is NaN into FAIL, without a value; a RUNNING trial of a finished
 # export is one whose worker was killed.
@@ -26,8 +27,6 @@ STATES = {
     "fail": "failed",
     "running": "lost",
 }
-JOURNAL_FILE = "study.journal"
-"""The study in a sweep's folder."""
 
 
 def read(

@@ -43,11 +43,10 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from bayeslr.errors import StorageError
 from bayeslr.runner_protocol import Trial, mask_password
-from bayeslr.specs import Recipe, RunSpec, parse_recipe, recipe_document
+from bayeslr.specs import JOURNAL_FILE, Recipe, RunSpec, parse_recipe, recipe_document
 from bayeslr_runners.processes import machine_name, process_start
 
 SCHEMA = 1
-JOURNAL_FILE = "study.journal"
 
 LEASE_SECONDS = 300.0
 """An owner on another machine is dead once it gave no sign of life for this long.

@@ -17,10 +17,10 @@ import pytest
 
 from bayeslr.errors import StorageError
 from bayeslr.runner_protocol import mask_password, spec_row
-from bayeslr.specs import Recipe, RunSpec, parse_recipe
+from bayeslr.specs import JOURNAL_FILE, Recipe, RunSpec, parse_recipe
 from bayeslr_runners import study as study_module
 from bayeslr_runners.processes import machine_name
-from bayeslr_runners.study import JOURNAL_FILE, KernelLock, Owner, Sweep, open_study
+from bayeslr_runners.study import KernelLock, Owner, Sweep, open_study
 from tests.fakes import toy_recipe
 
 
