@@ -195,19 +195,26 @@ def _as_dataset(draws: Mapping[str, NDArray[np.float64]]) -> xr.Dataset:
     )
 
 
-def mixed(draws: Mapping[str, NDArray[np.float64]], gate: Gate) -> bool:
-    """Whether the chains agree and hold enough effective draws of every reported variable."""
+# Chains are given up once this share of their draws promises this share of the effective draws that
+# the gate wants: early numbers are rough.
+_TRIED, _PROMISED = 0.25, 0.5
+
+
+def settled(draws: Mapping[str, NDArray[np.float64]], gate: Gate, most_draws: int) -> bool:
+    """Whether to draw no more: the chains agree and hold enough effective draws of every reported
+    variable, or would not by ``most_draws`` of each chain, for effective draws grow as draws do.
+    """
     dataset = _as_dataset(draws)
+    share = dataset.sizes["draw"] / most_draws
     names = reported(dataset)
     # Parameters first: they are few, and mostly the last to mix.
     parts = [n for n in names if n not in _BY_SLICE], [n for n in names if n in _BY_SLICE]
-    return all(_within(diagnose(dataset[part]), gate) for part in parts if part)
-
-
-def _within(found: Mapping[str, Any], gate: Gate) -> bool:
-    return bool(
-        found["max_r_hat"] <= gate.max_r_hat and found["min_ess"] >= gate.min_effective_draws
-    )
+    for found in (diagnose(dataset[part]) for part in parts if part):
+        passed = found["max_r_hat"] <= gate.max_r_hat
+        if not (passed and found["min_ess"] >= gate.min_effective_draws):
+            promised = found["min_ess"] / share
+            return bool(share >= _TRIED and promised < _PROMISED * gate.min_effective_draws)
+    return True
 
 
 def _dims_of(name: str, values: NDArray[np.float64]) -> tuple[str, ...]:

@@ -21,7 +21,7 @@ from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
 from bayeslr.models.compiled import CompiledModel, compiled_model
 from bayeslr.nuts import sample
-from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, mixed
+from bayeslr.posterior import LOOP_GATE, REPORT_GATE, Posterior, make_posterior, settled
 from bayeslr.priors import OUTPUTS, Prior, as_prior
 from bayeslr.runs import RunTable
 from bayeslr.specs import require_whole
@@ -351,8 +351,8 @@ def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
     method: ``bayes`` (the hierarchical valley model) or ``two-stage`` (the classical Fitting
     paradigm). fast: a refit inside a loop: padded sizes, so that the compilation is shared between
     tables, and fewer draws. num_draws: a chain, at least; the chains go on to eight times as many,
-    sixteen where runs are few, until the convergence gate is passed. ``info["verdict"]`` of the
-    result says whether it was.
+    sixteen where runs are few, until the convergence gate is passed or out of reach.
+    ``info["verdict"]`` of the result says which.
     Raises: DataError if no run can be used, SpecError for an unknown method or card, or a count
     that is too small, UntrustworthyFit where the sampler finds nowhere to begin.
     """
@@ -418,16 +418,18 @@ def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | Non
                   ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
     """Draws of the valley model at a design, each (chain, draw, ...), and the sampler's statistics.
 
-    sizes: to pad to, so that tables share a compilation. gate: the chains go on until it is passed.
-    how: as in `bayeslr.nuts.sample`.
+    sizes: to pad to, so that tables share a compilation. gate: the chains go on until it is passed,
+    or there is no hope that it will be. how: as in `bayeslr.nuts.sample`.
     """
     own = design.sizes
     arrays = valley.model_data(design, sizes)
     compiled = compiled_model(arrays, card, own["family"])
     arrays, mode, root = _preconditioned(compiled, arrays, card)
+    most = how["num_draws"] * how["max_rounds"]
     draws, statistics = sample(
-        compiled, arrays, mode, root, enough=lambda draws: mixed(unpadded(draws, own), gate), **how
-    )
+        compiled, arrays, mode, root, **how,
+        enough=lambda draws: settled(unpadded(draws, own), gate, most),
+    )  # fmt: skip
     return unpadded(draws, own), statistics
 
 

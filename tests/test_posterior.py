@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,12 @@ from bayeslr.posterior import (
     FIT_FILE,
     LOOP_GATE,
     POSTERIOR_FILE,
+    REPORT_GATE,
     RUNS_FILE,
     Posterior,
     load,
     make_posterior,
-    mixed,
+    settled,
 )
 from bayeslr.predict import prior_posterior
 from bayeslr.runs import RunTable
@@ -247,9 +249,25 @@ def test_chains_that_disagree_on_one_slice(name: str, judged: bool) -> None:
     """A report lists each slice's LR*, so that is judged as parameters are."""
     rng = np.random.default_rng(4)
     draws = {"lr_tokens": rng.normal(size=(2, 1000)), name: rng.normal(size=(2, 1000, 3))}
-    assert mixed(draws, LOOP_GATE)
+    assert settled(draws, LOOP_GATE, most_draws=8000)
     draws[name][1, :, 2] += 1.0
-    assert mixed(draws, LOOP_GATE) is not judged
+    assert settled(draws, LOOP_GATE, most_draws=8000) is not judged
+
+
+@pytest.mark.parametrize(
+    ("num_draws", "correlation", "given_up"),
+    [(1000, 0.99, False), (2000, 0.99, True), (2000, 0.9, False)],
+)
+def test_chains_that_will_not_mix_are_given_up(
+    num_draws: int, correlation: float, given_up: bool
+) -> None:
+    """Of two chains of 8,000 draws, 80 are effective at 0.99 and 840 at 0.9; 400 are wanted."""
+    draws = np.random.default_rng(2).normal(size=(2, num_draws))
+    for i in range(1, num_draws):
+        noise = math.sqrt(1 - correlation**2) * draws[:, i]
+        draws[:, i] = correlation * draws[:, i - 1] + noise
+    chains = {"lr_tokens": draws}
+    assert settled(chains, REPORT_GATE, most_draws=8000) is given_up
 
 
 def test_stuck_chains_are_told(posterior: Posterior) -> None:
