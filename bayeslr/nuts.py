@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bayeslr.coordinates import Dense, moved
 from bayeslr.errors import UntrustworthyFit
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from bayeslr.coordinates import Tree
     from bayeslr.models.compiled import CompiledModel
     from bayeslr.models.valley import Arrays
 
@@ -31,16 +33,13 @@ _FIRST_STEP = 0.2
 # How often a start is moved half way to the mode.
 _HALVINGS = 20
 
-# Least eigenvalue of a covariance of draws or gradients over its largest.
-_LEAST = 1e-8
-
 # What is kept of each transition.
 _STATISTICS = ("num_steps", "diverging", "accept_prob")
 _KEPT = ("z", "z_grad", *_STATISTICS)
 
 
 class _Chains:
-    """Chains of NUTS on a compiled model, in coordinates x = centre + root z."""
+    """Chains of NUTS on a compiled model, in coordinates about a centre."""
 
     def __init__(self, compiled: CompiledModel, data: Sequence[Any], num_chains: int,
                  target_accept: float, seed: int) -> None:  # fmt: skip
@@ -51,14 +50,14 @@ class _Chains:
         self._key = jax.random.PRNGKey(seed)
         self._state: Any = None
 
-    def start(self, x: FloatArray, centre: FloatArray, root: FloatArray) -> None:
+    def start(self, x: FloatArray, centre: FloatArray, coordinates: Dense | Tree) -> None:
         """Begin at x (chain, parameter); the next window adapts the step."""
         import jax
 
-        self.centre, self.root = centre, root
-        # A step reads the whole root twice: in single precision that costs half. It moves x by a
-        # ten-millionth of its way from the centre, always the same for the same z.
-        self._model = centre, root.astype(np.float32), self.data
+        self.centre, self.coordinates = centre, coordinates
+        # In single precision x moves by a ten-millionth of its way from the centre, always the
+        # same for the same z.
+        self._model = centre, coordinates.compact(), self.data
         step = _FIRST_STEP
         if self._state is not None:
             step = float(np.mean(self._state.adapt_state.step_size))
@@ -66,7 +65,7 @@ class _Chains:
         states = []
         for at, key in zip(x, keys, strict=True):
             energy, gradient = self.compiled.value_and_grad(at, self.data)
-            z, pull = np.linalg.solve(root, at - centre), root.T @ np.asarray(gradient)
+            z, pull = coordinates.z(at - centre), coordinates.pull(np.asarray(gradient))
             states.append(self._begin(key, z, energy, pull, step, self._model))
         self._state = jax.tree.map(lambda *leaves: np.stack(leaves), *states)
 
@@ -77,18 +76,15 @@ class _Chains:
         state, found = self._advance(self._state, *self._model)
         # On the host, as `start` leaves it: an array spread over devices would compile anew.
         self._state, kept = jax.tree.map(np.asarray, (state, found))
-        return {**kept, "x": self.centre + kept["z"] @ self.root.T}
-
-    def gradient(self, window: dict[str, FloatArray]) -> FloatArray:
-        """Of the log density in x, where a window in these coordinates went."""
-        return np.asarray(-window["z_grad"] @ np.linalg.inv(self.root))
+        return {**kept, "x": self.centre + self.coordinates.x(kept["z"])}
 
 
 def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float) -> tuple[Any, Any]:
     """``begin(key, z, energy, gradient, step, model)`` and ``advance(states, *model)``.
 
-    ``model`` is (centre, root, data). ``advance`` makes `WINDOW` transitions of every chain, the
-    first after ``begin`` adapting the step: warm-up, draws and more draws are one compilation.
+    ``model`` is (centre, compact coordinates, data). ``advance`` makes `WINDOW` transitions of
+    every chain, the first after ``begin`` adapting the step: warm-up, draws and more draws are one
+    compilation.
     """
     import jax
     from numpyro.infer.hmc import hmc
@@ -97,8 +93,8 @@ def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float)
     key = (num_chains, round(target_accept * 100))
     if key not in compiled.sampler:
 
-        def energy(centre: Any, root: Any, data: Sequence[Any]) -> Any:
-            return lambda z: -compiled.log_density(centre + root @ z.astype(root.dtype), data)
+        def energy(centre: Any, compact: Any, data: Sequence[Any]) -> Any:
+            return lambda z: -compiled.log_density(centre + moved(compact, z), data)
 
         init, transition = hmc(potential_fn_gen=energy, algo="NUTS")
 
@@ -108,9 +104,9 @@ def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float)
                 target_accept_prob=target_accept, max_tree_depth=8, model_args=model, rng_key=key,
             )  # fmt: skip
 
-        def window(state: Any, centre: Any, root: Any, data: Sequence[Any]) -> Any:
+        def window(state: Any, *model: Any) -> Any:
             def once(state: Any, _: None) -> tuple[Any, Any]:
-                state = transition(state, (centre, root, data), {})
+                state = transition(state, model, {})
                 return state, {name: getattr(state, name) for name in _KEPT}
 
             return jax.lax.scan(once, state, None, length=WINDOW)
@@ -123,41 +119,14 @@ def _transitions(compiled: CompiledModel, num_chains: int, target_accept: float)
     return begin, advance
 
 
-def rounder(root: FloatArray, z: FloatArray, gradient: FloatArray) -> FloatArray:
-    """Root of coordinates in which the posterior is rounder than in z, where x = centre + root z.
-
-    z, gradient: draws and gradients of the log density there, (draw, parameter). Of all linear maps
-    the one that brings the draws' Fisher divergence from a standard normal to its least: the
-    geometric mean of the draws' covariance and the inverse of their gradients' (Seyboldt, Carlson
-    and Carpenter 2026, arXiv 2603.18845). Directions that no draw tells keep their scale.
-    """
-    spread = z.std(axis=0), gradient.std(axis=0)
-    if not (spread[0].all() and spread[1].all()):
-        return root  # chains that never moved tell nothing
-    scale = np.sqrt(spread[0] / spread[1])
-    z, gradient = z / scale, gradient * scale
-    unseen = np.eye(z.shape[1]) / len(z)
-    half = _root(np.cov(gradient.T) + unseen)
-    inverse = np.linalg.inv(half)
-    covariance = inverse @ _root(half @ (np.cov(z.T) + unseen) @ half) @ inverse
-    return np.asarray(root @ (scale[:, None] * np.linalg.cholesky((covariance + covariance.T) / 2)))
-
-
-def _root(matrix: FloatArray) -> FloatArray:
-    """Symmetric square root. Eigenvalues far below the largest, which rounding hides, are raised:
-    a chain in a funnel has gradients of any size, and the root is to be inverted.
-    """
-    scales, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return np.asarray((vectors * np.sqrt(np.maximum(scales, _LEAST * scales[-1]))) @ vectors.T)
-
-
-def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray, root: FloatArray,
-            rng: np.random.Generator, num_chains: int) -> FloatArray:  # fmt: skip
+def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray,
+            coordinates: Dense | Tree, rng: np.random.Generator, num_chains: int,
+            ) -> FloatArray:  # fmt: skip
     """Where the chains begin, (chain, parameter): about the mode, nearer where need be.
 
     Raises: UntrustworthyFit where the density is no number at the mode itself.
     """
-    away = 0.5 * rng.normal(size=(num_chains, compiled.size)) @ root.T
+    away = coordinates.x(0.5 * rng.normal(size=(num_chains, compiled.size)))
     for chain in range(num_chains):
         for _ in range(_HALVINGS):
             energy, gradient = compiled.value_and_grad(mode + away[chain], data)
@@ -172,7 +141,8 @@ def _starts(compiled: CompiledModel, data: Sequence[Any], mode: FloatArray, root
     return np.asarray(mode + away)
 
 
-def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: FloatArray, *,
+def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, coordinates: Dense | Tree,
+           renewed: Callable[[FloatArray], Tree], *,
            seed: int, num_warmup: int, num_draws: int, num_chains: int,
            enough: Callable[[dict[str, FloatArray]], bool] = lambda draws: True,
            max_rounds: int = 4, target_accept: float = 0.8,
@@ -180,33 +150,36 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, root: Floa
            ) -> tuple[dict[str, FloatArray], dict[str, float]]:  # fmt: skip
     """NUTS draws, each (chain, draw, ...), and the sampler's statistics.
 
-    mode, root: where the chains start from, and L with L L' near the covariance. Each window of
-    warm-up but the last ends by making the coordinates rounder. After ``num_draws`` a chain,
-    ``enough(draws)`` is asked; while it says no, the chains go on window by window, up to
-    ``max_rounds`` times as many draws. Counts are rounded up to whole `WINDOW`s.
+    mode, coordinates: where the chains start from, and in which coordinates the posterior is nearly
+    round about it. Each window of warm-up but the last ends by making them rounder: dense ones by
+    draws and gradients, those of a tree by ``renewed(draws)``, with draws (draw, parameter). After
+    ``num_draws`` a chain, ``enough(draws)`` is asked; while it says no, the chains go on window by
+    window, up to ``max_rounds`` times as many draws. Counts are rounded up to whole `WINDOW`s.
     Raises: UntrustworthyFit where no chain can begin.
     """
-    import jax.numpy as jnp
-
-    data = tuple(jnp.asarray(values) for values in arrays.values())
+    data = compiled.data(arrays)
     chains = _Chains(compiled, data, num_chains, target_accept, seed)
-    x = _starts(compiled, data, mode, root, np.random.default_rng(seed), num_chains)
+    x = _starts(compiled, data, mode, coordinates, np.random.default_rng(seed), num_chains)
     num_windows = max(1, -(-num_warmup // WINDOW))
     centre, seen = mode, []
     for i in range(num_windows):
-        chains.start(x, centre, root)
+        chains.start(x, centre, coordinates)
         window = chains.run()
         progress(f"warm-up: window {i + 1} of {num_windows}")
         x = window["x"][:, -1]
         if i + 1 < num_windows:
-            seen.append((window["x"], chains.gradient(window)))
             # The first windows are on their way to where the posterior lies.
-            at, gradient = (
-                np.concatenate([part.reshape(-1, compiled.size) for part in parts])
-                for parts in zip(*seen[len(seen) // 2 :], strict=True)
-            )
-            centre = at.mean(axis=0)
-            root = rounder(root, np.linalg.solve(root, (at - centre).T).T, gradient @ root)
+            if isinstance(coordinates, Dense):
+                seen.append((window["x"], coordinates.push(-window["z_grad"])))
+                at, gradient = (
+                    np.concatenate([part.reshape(-1, compiled.size) for part in parts])
+                    for parts in zip(*seen[len(seen) // 2 :], strict=True)
+                )
+                centre = at.mean(axis=0)
+                coordinates = coordinates.rounder(at - centre, gradient)
+            else:
+                at = window["x"][:, WINDOW // 2 :].reshape(-1, compiled.size)
+                centre, coordinates = at.mean(axis=0), renewed(at)
     found: list[dict[str, FloatArray]] = []
     told: list[dict[str, FloatArray]] = []
     asked = -(-num_draws // WINDOW)

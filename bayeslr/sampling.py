@@ -10,13 +10,15 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeslr.errors import SpecError, UntrustworthyFit
+from bayeslr.coordinates import Dense
+from bayeslr.curvature import curvature_at
+from bayeslr.errors import SpecError
 from bayeslr.features import build_design
 from bayeslr.models import two_stage, valley
 from bayeslr.models.compiled import CompiledModel, compiled_model
@@ -29,6 +31,8 @@ from bayeslr.specs import require_whole
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from bayeslr.coordinates import Tree
+    from bayeslr.curvature import Curvature
     from bayeslr.features import Design
     from bayeslr.posterior import Gate
 
@@ -63,6 +67,12 @@ _FEW_RUNS = 200
 
 # L-BFGS stalls on thin tables and gets on when begun anew: so often, while it gains so many nats.
 _SEARCHES, _LEAST_GAIN = 4, 1.0
+
+# Coordinates are dense for so many parameters at most: their cost grows with the square.
+_MOST_DENSE = 1000
+
+# So many draws tell the curvature where they went.
+_TOLD_BY = 4
 
 # Height and curvature of what stands where the density cannot be worked out, nats.
 _WALL = 1e6
@@ -178,17 +188,15 @@ def held(compiled: CompiledModel) -> dict[str, NDArray[np.int64]]:
 
 def find_mode(
     compiled: CompiledModel, arrays: valley.Arrays, prior: Prior, start: FloatArray | None = None
-) -> tuple[FloatArray, FloatArray]:
-    """Mode with scales and slopes of noise `held`, and the Hessian of -log density there.
+) -> tuple[FloatArray, Curvature]:
+    """Mode with scales and slopes of noise `held`, x (parameter,), and the curvature there.
 
-    Returns: x, shape (parameter,), and Hessian, shape (parameter, parameter), in which the rows of
-    what is held have a prior-sized curvature.
+    What is held has a prior-sized curvature.
     Raises: UntrustworthyFit where the density about the end of the search is no number.
-    """  # fmt: skip
-    import jax.numpy as jnp
+    """
     from scipy.optimize import minimize
 
-    data = tuple(jnp.asarray(values) for values in arrays.values())
+    data = compiled.data(arrays)
     x = _data_start(compiled, arrays, prior) if start is None else start.copy()
     fixed = np.concatenate(list(held(compiled).values()))
     free = np.setdiff1d(np.arange(compiled.size), fixed)
@@ -225,56 +233,46 @@ def find_mode(
         if not gain > _LEAST_GAIN:
             break
     x[free] += step[free] * y
-    hessian = _hessian(compiled, x, data, free)
+    curvature = curvature_at(compiled, arrays, x, fixed)
     for _ in range(3):
         value, gradient = compiled.value_and_grad(x, data)
-        block = hessian[np.ix_(free, free)]
-        scales, vectors = np.linalg.eigh(block)
-        slope = vectors.T @ np.asarray(gradient)[free]
-        move = -vectors @ (slope / np.maximum(np.abs(scales), 1e-3))
-        trial = x.copy()
-        trial[free] += move
+        slope = np.asarray(gradient).copy()
+        slope[fixed] = 0.0
+        tree = curvature.tree(1e-3, mirrored=True)
+        trial = x - tree.x(tree.pull(slope))
         gain = float(value) - float(compiled.value_and_grad(trial, data)[0])
         if not gain > 1e-3:
             break
         x = trial
-        hessian = _hessian(compiled, x, data, free)
+        curvature = curvature_at(compiled, arrays, x, fixed)
     for name, at in held(compiled).items():
-        hessian[at, at] = 2.0 / prior[name].scale ** 2
-    return x, hessian
-
-
-_LEVELS = ("family", "shape", "cell", "slice")
+        curvature = curvature.with_own(at, 2.0 / prior[name].scale ** 2)
+    return x, curvature
 
 
 def _told(
-    x: FloatArray, compiled: CompiledModel, arrays: valley.Arrays, hessian: FloatArray
+    x: FloatArray, compiled: CompiledModel, arrays: valley.Arrays, curvature: Curvature
 ) -> valley.Arrays:
     """Share of each effect's variance that its runs take away, by the array that centres it.
 
     That is p s^2 / (1 + p s^2) for an effect with sd s between groups that its runs tell with
-    precision p; here from the Hessian at x, with what lies above the effect held fixed and what
+    precision p; here from the curvature at x, with what lies above the effect held fixed and what
     lies beside and below it not.
     """
-    shares = {}
+    tree = curvature.tree(1e-3)
+    left = np.zeros(compiled.size)
+    for branch in tree.branches:
+        left[branch.at] = (branch.root**2).sum(axis=2)
+    slopes = compiled.index("family_slope_raw")
+    at = np.searchsorted(tree.top, slopes)
+    precision = np.linalg.inv(tree.root @ tree.root.T)
+    left[slopes] = np.diag(np.linalg.inv(precision[np.ix_(at, at)]))
     found = compiled.spreads(x, tuple(arrays.values()))
-    for depth, level in enumerate(_LEVELS):
-        members = {
-            effect: (
-                np.ravel(np.asarray(found[f"{effect}_spread"]) ** arrays[share]),
-                compiled.index(f"{effect}_raw"),
-            )
-            for effect, share in valley.EFFECTS.items()
-            if share.partition("_")[0] in _LEVELS[depth:]
-        }
-        unit, at = (np.concatenate(parts) for parts in zip(*members.values(), strict=True))
-        scales, vectors = np.linalg.eigh(hessian[np.ix_(at, at)] * np.outer(unit, unit))
-        # Where the search ended short of the mode, some curvature may be negative.
-        left = (vectors**2 / np.maximum(scales, 0.1)).sum(axis=1)
-        for effect, share in valley.EFFECTS.items():
-            if share.partition("_")[0] == level:
-                own = left[np.isin(at, members[effect][1])].reshape(arrays[share].shape)
-                shares[share] = np.clip(1.0 - own, 0.0, 1.0)
+    shares = {}
+    for effect, share in valley.EFFECTS.items():
+        unit = np.asarray(found[f"{effect}_spread"]) ** arrays[share]
+        own = left[compiled.index(f"{effect}_raw")].reshape(unit.shape)
+        shares[share] = np.clip(1.0 - own / unit**2, 0.0, 1.0)
     return shares
 
 
@@ -293,54 +291,25 @@ def _recentred(
     return x
 
 
-def _hessian(compiled: CompiledModel, x: FloatArray, data: Sequence[Any],
-             free: NDArray[np.int64]) -> FloatArray:  # fmt: skip
-    """Forward differences of the gradient: no second compilation.
-
-    Raises: UntrustworthyFit where they are no numbers.
-    """
-    hessian = np.zeros((compiled.size, compiled.size))
-    here = np.asarray(compiled.value_and_grad(x, data)[1])
-    for i in free:
-        ahead = x.copy()
-        ahead[i] += 1e-7 * max(1.0, abs(x[i]))
-        difference = np.asarray(compiled.value_and_grad(ahead, data)[1]) - here
-        hessian[i, free] = difference[free] / (ahead[i] - x[i])
-    if not np.isfinite(hessian).all():
-        raise UntrustworthyFit(
-            "no mode of the posterior was found: where the search ended its density is no number. "
-            "Look for rows that contradict each other (bayeslr check), or for a prior card whose "
-            "scales are far from the runs'"
-        )
-    return (hessian + hessian.T) / 2
-
-
-def whitening(compiled: CompiledModel, hessian: FloatArray, least: float = 0.5) -> FloatArray:
-    """Matrix L with L L' near the inverse Hessian; directions flatter than ``least`` are capped.
-
-    L is lower triangular with the global parameters first (`CompiledModel.order`), so that the
-    leading coordinates are the globals alone and the others what is left of the effects.
-    """
-    order = compiled.order
-    scales, vectors = np.linalg.eigh(hessian[np.ix_(order, order)])
-    covariance = (vectors / np.maximum(scales, least)) @ vectors.T
-    root = np.empty_like(covariance)
-    root[order] = np.linalg.cholesky(covariance)
-    return np.asarray(root, dtype=np.float64)
+def coordinates_of(curvature: Curvature) -> Dense | Tree:
+    """Coordinates in which a posterior of this curvature is round, but along flat directions."""
+    tree = curvature.tree(0.5)
+    size = len(tree.order)
+    return Dense(tree.x(np.eye(size)).T) if size <= _MOST_DENSE else tree
 
 
 def _preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior,
-                   ) -> tuple[valley.Arrays, FloatArray, FloatArray]:  # fmt: skip
-    """Arrays with effects centred as their runs tell them, the mode, and the whitening there.
+                   ) -> tuple[valley.Arrays, FloatArray, Dense | Tree]:  # fmt: skip
+    """Arrays with effects centred as their runs tell them, the mode, and coordinates about it.
 
     An effect is sampled as itself where its runs tell it, and in units of its sd where they do not
     (Papaspiliopoulos, Roberts and Skold 2007, section 4).
     """
-    mode, hessian = find_mode(compiled, arrays, prior)
-    centred = {**arrays, **_told(mode, compiled, arrays, hessian)}
+    mode, curvature = find_mode(compiled, arrays, prior)
+    centred = {**arrays, **_told(mode, compiled, arrays, curvature)}
     start = _recentred(mode, compiled, arrays, centred)
-    mode, hessian = find_mode(compiled, centred, prior, start)
-    return centred, mode, whitening(compiled, hessian)
+    mode, curvature = find_mode(compiled, centred, prior, start)
+    return centred, mode, coordinates_of(curvature)
 
 
 def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
@@ -424,12 +393,16 @@ def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | Non
     own = design.sizes
     arrays = valley.model_data(design, sizes)
     compiled = compiled_model(arrays, card, own["family"])
-    arrays, mode, root = _preconditioned(compiled, arrays, card)
+    arrays, mode, coordinates = _preconditioned(compiled, arrays, card)
     most = how["num_draws"] * how["max_rounds"]
-    draws, statistics = sample(
-        compiled, arrays, mode, root, **how,
-        enough=lambda draws: settled(unpadded(draws, own), gate, most),
-    )  # fmt: skip
+
+    def renewed(draws: FloatArray) -> Tree:
+        return curvature_at(compiled, arrays, draws[:: len(draws) // _TOLD_BY]).tree(0.5)
+
+    def enough(draws: Mapping[str, FloatArray]) -> bool:
+        return settled(unpadded(draws, own), gate, most)
+
+    draws, statistics = sample(compiled, arrays, mode, coordinates, renewed, enough=enough, **how)
     return unpadded(draws, own), statistics
 
 

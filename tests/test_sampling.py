@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from bayeslr import sampling
+from bayeslr.coordinates import Dense
 from bayeslr.errors import DataError, SpecError, UntrustworthyFit
 from bayeslr.features import build_design
 from bayeslr.models import valley
@@ -124,12 +125,12 @@ def test_the_search_ends_near_a_mode_where_runs_are_few() -> None:
     runs = simulate(card, layout, np.random.default_rng(4)).runs
     arrays = valley.model_data(build_design(runs), None)
     compiled = compiled_model(arrays, card, 1)
-    mode, hessian = find_mode(compiled, arrays, card)
+    mode, curvature = find_mode(compiled, arrays, card)
     still = np.concatenate(list(held(compiled).values()))
     np.testing.assert_array_equal(mode[still], compiled.start[still])
     value, _ = compiled.value_and_grad(mode, tuple(arrays.values()))
     assert value < 0
-    assert np.linalg.eigvalsh(hessian)[0] > -10
+    assert np.linalg.eigvalsh(curvature.matrix)[0] > -10
 
 
 def test_the_search_learns_how_far_off_runs_scatter() -> None:
@@ -162,8 +163,8 @@ def test_the_search_comes_back_from_where_the_density_overflows() -> None:
     design = build_design(runs)
     arrays = valley.model_data(design, padded(design.sizes))
     compiled = compiled_model(arrays, card, 1)
-    mode, hessian = find_mode(compiled, arrays, card)
-    assert np.linalg.eigvalsh(hessian)[0] > 0
+    mode, curvature = find_mode(compiled, arrays, card)
+    assert np.linalg.eigvalsh(curvature.matrix)[0] > 0
     assert np.abs(mode[compiled.index("loss_ratio")]).max() < 5
 
 
@@ -171,12 +172,29 @@ def test_a_density_that_is_nowhere_a_number_is_refused() -> None:
     runs = made_up_runs(sizes=(3e7,), batches=BATCHES[:1])
     arrays = valley.model_data(build_design(runs))
     compiled = compiled_model(arrays, load_prior("moe-default"), 1)
-    mode, root = compiled.start.copy(), np.eye(compiled.size)
+    mode, as_it_is = compiled.start.copy(), Dense(np.eye(compiled.size))
     mode[compiled.index("log_loss_slope")] = 1e3
     with pytest.raises(UntrustworthyFit, match="no mode of the posterior was found"):
         find_mode(compiled, arrays, load_prior("moe-default"), mode)
     with pytest.raises(UntrustworthyFit, match="no chain can begin there"):
-        sample(compiled, arrays, mode, root, seed=1, num_warmup=1, num_draws=1, num_chains=2)
+        sample(
+            compiled, arrays, mode, as_it_is, lambda draws: pytest.fail("no draw was made"),
+            seed=1, num_warmup=1, num_draws=1, num_chains=2,
+        )  # fmt: skip
+
+
+def test_a_table_too_large_for_dense_coordinates_has_the_same_posterior(
+    posterior: Posterior, fit_again: Callable[[int], Posterior], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bayeslr.sampling._MOST_DENSE", 50)
+    tree = fit_again(1)
+    for name in ("lr_opt", "lr_tokens", "noise_sd"):
+        one, other = (p.flat(name).reshape(-1, p.flat(name)[0].size) for p in (posterior, tree))
+        assert not np.array_equal(one, other[: len(one)])
+        # Either mean is of 60 effective draws at least: five standard errors of their difference.
+        apart = np.abs(one.mean(axis=0) - other.mean(axis=0)) / one.std(axis=0)
+        assert apart.max() < 5 * np.sqrt(2 / 60), name
+        assert other.std(axis=0) == pytest.approx(one.std(axis=0), rel=0.35)
 
 
 def test_one_lr_in_every_slice_is_said(posterior: Posterior) -> None:

@@ -44,6 +44,12 @@ class CompiledModel:
     value_and_grad: Callable[[Any, Sequence[Any]], Any]
     sampler: dict[tuple[int, ...], Any]
 
+    def data(self, arrays: valley.Arrays) -> tuple[Any, ...]:
+        """The arrays as its functions take them, on the device."""
+        import jax.numpy as jnp
+
+        return tuple(jnp.asarray(values) for values in arrays.values())
+
     def draws(self, x: FloatArray, data: Sequence[Any]) -> dict[str, FloatArray]:
         """Reported variables by name, each (chain, draw, ...), at x (chain, draw, parameter)."""
         found = self.outputs(x.reshape(-1, self.size), data)
@@ -56,13 +62,6 @@ class CompiledModel:
     def size(self) -> int:
         """Number of unconstrained parameters."""
         return len(self.start)
-
-    @property
-    def order(self) -> NDArray[np.int64]:
-        """Positions of the global parameters, then of the effects (variables named ``*_raw``)."""
-        effects = [self.index(name) for name in self.names if name.endswith("_raw")]
-        local = np.concatenate(effects)
-        return np.concatenate([np.setdiff1d(np.arange(self.size), local), local])
 
     def index(self, name: str) -> NDArray[np.int64]:
         """Positions of a value variable in the flat vector."""

@@ -33,21 +33,18 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
     Raises: DataError if no run can be used.
     """
     sampling.configure_jax()
-    import jax.numpy as jnp
-
     card = as_prior(prior)
     design = build_design(runs)
     own = design.sizes
     padded = sampling.padded({level: max(size, sizes.get(level, 0)) for level, size in own.items()})
     arrays = valley.model_data(design, padded)
     compiled = compiled_model(arrays, card, len(design.families))
-    mode, hessian = sampling.find_mode(compiled, arrays, card)
+    mode, curvature = sampling.find_mode(compiled, arrays, card)
     for name, at in sampling.held(compiled).items():
-        hessian[at, at] = 1.0 / card[name].scale ** 2
-    root = sampling.whitening(compiled, hessian)
+        curvature = curvature.with_own(at, 1.0 / card[name].scale ** 2)
     z = np.random.default_rng([seed, 20_260_110]).normal(size=(num_draws, compiled.size))
-    x = (mode + z @ root.T).reshape(2, -1, compiled.size)
-    draws = compiled.draws(x, tuple(jnp.asarray(values) for values in arrays.values()))
+    x = mode + sampling.coordinates_of(curvature).x(z)
+    draws = compiled.draws(x.reshape(2, -1, compiled.size), compiled.data(arrays))
     return make_posterior(
         sampling.unpadded(draws, own), design, runs, card, method="bayes", seed=seed,
         statistics={"divergences": 0.0}, gate=LOOP_GATE,

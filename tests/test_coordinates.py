@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from bayeslr.nuts import rounder
+from bayeslr.coordinates import Branch, Dense, Tree, moved, rounder
 
 
 def normal(num_draws: int, seed: int) -> tuple[NDArray[np.float64], ...]:
@@ -54,3 +54,46 @@ def test_gradients_of_any_size_leave_coordinates_that_can_be_inverted() -> None:
     steep = 1e6 * rng.standard_t(1.5, size=(200, 3)) @ rng.normal(size=(3, 300))
     root = rounder(np.eye(300), draws, steep - draws)
     assert np.linalg.cond(root) < 1e5
+
+
+def a_tree(rng: np.random.Generator) -> Tree:
+    """Three parameters on top, two groups of two below, five of one in those, places mixed up."""
+    places = rng.permutation(12)
+    return Tree(
+        top=places[:3],
+        root=rng.normal(size=(3, 3)) + 3.0 * np.eye(3),
+        branches=(
+            Branch(
+                at=places[3:7].reshape(2, 2), root=rng.normal(size=(2, 2, 2)) + 3.0 * np.eye(2),
+                slope=rng.normal(size=(2, 2, 3)), above={},
+            ),
+            Branch(
+                at=places[7:].reshape(5, 1), root=rng.uniform(1, 2, size=(5, 1, 1)),
+                slope=rng.normal(size=(5, 1, 3)),
+                above={0: (np.array([0, 1, 1, 0, 1]), rng.normal(size=(5, 1, 2)))},
+            ),
+        ),
+    )  # fmt: skip
+
+
+def test_coordinates_go_there_and_back() -> None:
+    rng = np.random.default_rng(6)
+    tree = a_tree(rng)
+    dense = Dense(tree.x(np.eye(12)).T)
+    z, gradient = rng.normal(size=(2, 4, 7, 12))
+    for one in (tree, dense):
+        assert one.x(z) == pytest.approx(z @ dense.root.T, rel=1e-12)
+        assert one.z(one.x(z)) == pytest.approx(z, rel=1e-9)
+        assert one.pull(gradient) == pytest.approx(gradient @ dense.root, rel=1e-12)
+        single = np.asarray(moved(one.compact(), z[0, 0]))
+        assert single == pytest.approx(one.x(z)[0, 0], rel=1e-5, abs=1e-5)
+    assert dense.push(dense.pull(gradient)) == pytest.approx(gradient, rel=1e-9)
+
+
+def test_parameters_of_a_group_move_with_what_holds_it_alone() -> None:
+    tree = a_tree(np.random.default_rng(6))
+    root = tree.x(np.eye(12)).T
+    upper, lower = tree.branches
+    assert (root[lower.at[0, 0], upper.at[0]] != 0).all()
+    assert (root[lower.at[0, 0], upper.at[1]] == 0).all()
+    assert (root[upper.at[0]][:, lower.at.ravel()] == 0).all()
