@@ -7,7 +7,7 @@ faster.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -105,6 +105,23 @@ class Tree:
                 by = np.einsum("nij,...ni->...nj", slope, part)
                 _add_by_group(parts[other], group, by)
         return self._joined([top @ self.root, *reversed(own)])
+
+    def push(self, pull: FloatArray) -> FloatArray:
+        """Inverse of `pull`."""
+        top, *parts = self._split(pull)
+        top = top @ np.linalg.inv(self.root)
+        for i, branch in enumerate(self.branches):
+            inverse = np.linalg.inv(branch.root)
+            parts[i] = whole = np.einsum("nij,...ni->...nj", inverse, parts[i])
+            top = top - np.einsum("nig,...ni->...g", branch.slope, whole, optimize=True)
+            for other, (group, slope) in branch.above.items():
+                _add_by_group(parts[other], group, -np.einsum("nij,...ni->...nj", slope, whole))
+        return self._joined([top, *parts])
+
+    def rounder(self, x: FloatArray, gradient: FloatArray) -> Tree:
+        """Those in which the top is rounder; arguments as for `Dense.rounder`."""
+        z, pull = (values[:, self.top] for values in (self.z(x), self.pull(gradient)))
+        return replace(self, root=rounder(self.root, z, pull))
 
     def compact(self) -> Any:
         """What `moved` takes, in single precision."""

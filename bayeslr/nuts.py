@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeslr.coordinates import Dense, moved
+from bayeslr.coordinates import Tree, moved
 from bayeslr.errors import UntrustworthyFit
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-    from bayeslr.coordinates import Tree
+    from bayeslr.coordinates import Dense
     from bayeslr.models.compiled import CompiledModel
     from bayeslr.models.valley import Arrays
 
@@ -151,8 +151,8 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, coordinate
     """NUTS draws, each (chain, draw, ...), and the sampler's statistics.
 
     mode, coordinates: where the chains start from, and in which coordinates the posterior is nearly
-    round about it. Each window of warm-up but the last ends by making them rounder: dense ones by
-    draws and gradients, those of a tree by ``renewed(draws)``, with draws (draw, parameter). After
+    round about it. Each window of warm-up but the last ends by making them rounder, by draws and
+    gradients; a tree's branches are what ``renewed(draws)`` says, of draws (draw, parameter). After
     ``num_draws`` a chain, ``enough(draws)`` is asked; while it says no, the chains go on window by
     window, up to ``max_rounds`` times as many draws. Counts are rounded up to whole `WINDOW`s.
     Raises: UntrustworthyFit where no chain can begin.
@@ -168,18 +168,16 @@ def sample(compiled: CompiledModel, arrays: Arrays, mode: FloatArray, coordinate
         progress(f"warm-up: window {i + 1} of {num_windows}")
         x = window["x"][:, -1]
         if i + 1 < num_windows:
+            seen.append((window["x"], coordinates.push(-window["z_grad"])))
             # The first windows are on their way to where the posterior lies.
-            if isinstance(coordinates, Dense):
-                seen.append((window["x"], coordinates.push(-window["z_grad"])))
-                at, gradient = (
-                    np.concatenate([part.reshape(-1, compiled.size) for part in parts])
-                    for parts in zip(*seen[len(seen) // 2 :], strict=True)
-                )
-                centre = at.mean(axis=0)
-                coordinates = coordinates.rounder(at - centre, gradient)
-            else:
-                at = window["x"][:, WINDOW // 2 :].reshape(-1, compiled.size)
-                centre, coordinates = at.mean(axis=0), renewed(at)
+            at, gradient = (
+                np.concatenate([part.reshape(-1, compiled.size) for part in parts])
+                for parts in zip(*seen[len(seen) // 2 :], strict=True)
+            )
+            centre = at.mean(axis=0)
+            if isinstance(coordinates, Tree):
+                coordinates = renewed(at)
+            coordinates = coordinates.rounder(at - centre, gradient)
     found: list[dict[str, FloatArray]] = []
     told: list[dict[str, FloatArray]] = []
     asked = -(-num_draws // WINDOW)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -85,9 +87,9 @@ def test_coordinates_go_there_and_back() -> None:
         assert one.x(z) == pytest.approx(z @ dense.root.T, rel=1e-12)
         assert one.z(one.x(z)) == pytest.approx(z, rel=1e-9)
         assert one.pull(gradient) == pytest.approx(gradient @ dense.root, rel=1e-12)
+        assert one.push(one.pull(gradient)) == pytest.approx(gradient, rel=1e-9)
         single = np.asarray(moved(one.compact(), z[0, 0]))
         assert single == pytest.approx(one.x(z)[0, 0], rel=1e-5, abs=1e-5)
-    assert dense.push(dense.pull(gradient)) == pytest.approx(gradient, rel=1e-9)
 
 
 def test_parameters_of_a_group_move_with_what_holds_it_alone() -> None:
@@ -97,3 +99,13 @@ def test_parameters_of_a_group_move_with_what_holds_it_alone() -> None:
     assert (root[lower.at[0, 0], upper.at[0]] != 0).all()
     assert (root[lower.at[0, 0], upper.at[1]] == 0).all()
     assert (root[upper.at[0]][:, lower.at.ravel()] == 0).all()
+
+
+def test_the_top_of_a_tree_is_made_round() -> None:
+    rng = np.random.default_rng(9)
+    tree = a_tree(rng)
+    off = dataclasses.replace(tree, root=tree.root @ np.diag([30.0, 1.0, 0.01]))
+    z = rng.normal(size=(400, 12))
+    found = off.rounder(tree.x(z), tree.push(-z))
+    left = np.linalg.solve(found.root, tree.root)
+    assert left @ left.T == pytest.approx(np.eye(3), abs=0.02)
