@@ -119,9 +119,14 @@ class Tree:
         return self._joined([top, *parts])
 
     def rounder(self, x: FloatArray, gradient: FloatArray) -> Tree:
-        """Those in which the top is rounder; arguments as for `Dense.rounder`."""
-        z, pull = (values[:, self.top] for values in (self.z(x), self.pull(gradient)))
-        return replace(self, root=rounder(self.root, z, pull))
+        """Those in which the top and each group are rounder; arguments as for `Dense.rounder`."""
+        z, pull = self.z(x), self.pull(gradient)
+        branches = [
+            replace(branch, root=rounder(branch.root, z[:, branch.at], pull[:, branch.at]))
+            for branch in self.branches
+        ]
+        root = rounder(self.root, z[:, self.top], pull[:, self.top])
+        return replace(self, root=root, branches=tuple(branches))
 
     def compact(self) -> Any:
         """What `moved` takes, in single precision."""
@@ -193,26 +198,36 @@ def _solved(root: FloatArray, x: FloatArray) -> FloatArray:
 def rounder(root: FloatArray, z: FloatArray, gradient: FloatArray) -> FloatArray:
     """Root of coordinates in which the posterior is rounder than in z, where x = centre + root z.
 
-    z, gradient: draws and gradients of the log density there, (draw, parameter). Of all linear maps
-    the one that brings the draws' Fisher divergence from a standard normal to its least: the
-    geometric mean of the draws' covariance and the inverse of their gradients' (Seyboldt, Carlson
-    and Carpenter 2026, arXiv 2603.18845). Directions that no draw tells keep their scale.
+    root (..., variable, variable); z, gradient: draws and gradients of the log density there,
+    (draw, ..., variable). Of all linear maps the one that brings the draws' Fisher divergence from
+    a standard normal to its least: the geometric mean of the draws' covariance and the inverse of
+    their gradients' (Seyboldt, Carlson and Carpenter 2026, arXiv 2603.18845). Directions that no
+    draw tells keep their scale.
     """
     spread = z.std(axis=0), gradient.std(axis=0)
     if not (spread[0].all() and spread[1].all()):
         return root  # chains that never moved tell nothing
     scale = np.sqrt(spread[0] / spread[1])
-    z, gradient = z / scale, gradient * scale
-    unseen = np.eye(z.shape[1]) / len(z)
-    half = _root(np.cov(gradient.T) + unseen)
+    unseen = np.eye(z.shape[-1]) / len(z)
+    half = _root(_covariance(gradient * scale) + unseen)
     inverse = np.linalg.inv(half)
-    covariance = inverse @ _root(half @ (np.cov(z.T) + unseen) @ half) @ inverse
-    return np.asarray(root @ (scale[:, None] * np.linalg.cholesky((covariance + covariance.T) / 2)))
+    middle = _root(half @ (_covariance(z / scale) + unseen) @ half)
+    covariance = inverse @ middle @ inverse
+    lower = np.linalg.cholesky((covariance + np.swapaxes(covariance, -1, -2)) / 2)
+    return np.asarray(root @ (scale[..., None] * lower))
+
+
+def _covariance(draws: FloatArray) -> FloatArray:
+    """Of draws (draw, ..., variable)."""
+    off = np.moveaxis(draws - draws.mean(axis=0), 0, -1)
+    return np.asarray(off @ np.swapaxes(off, -1, -2) / (len(draws) - 1))
 
 
 def _root(matrix: FloatArray) -> FloatArray:
     """Symmetric square root. Eigenvalues far below the largest, which rounding hides, are raised:
     a chain in a funnel has gradients of any size, and the root is to be inverted.
     """
-    scales, vectors = np.linalg.eigh((matrix + matrix.T) / 2)
-    return np.asarray((vectors * np.sqrt(np.maximum(scales, _LEAST * scales[-1]))) @ vectors.T)
+    transposed = np.swapaxes(matrix, -1, -2)
+    scales, vectors = np.linalg.eigh((matrix + transposed) / 2)
+    scales = np.sqrt(np.maximum(scales, _LEAST * scales[..., -1:]))
+    return np.asarray(vectors * scales[..., None, :] @ np.swapaxes(vectors, -1, -2))

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bayeslr.coordinates import Branch, Tree
+from bayeslr.coordinates import Branch, Dense, Tree
 from bayeslr.errors import UntrustworthyFit
 from bayeslr.models.valley import EFFECTS
 
@@ -107,9 +107,16 @@ class Curvature:
         by_top[np.searchsorted(self.top, at), at] = value
         return dataclasses.replace(self, by_top=by_top)
 
-    def tree(self, least: float, *, mirrored: bool = False) -> Tree:
+    def dense(self, least: float) -> Dense:
         """Coordinates of the normal that has this curvature, directions flatter than ``least``
-        raised to it; mirrored: after those that bend down were taken to bend up as much.
+        raised to it.
+        """
+        scales, vectors = np.linalg.eigh(self.matrix)
+        return Dense(vectors / np.sqrt(np.maximum(scales, least)))
+
+    def tree(self, least: float) -> Tree:
+        """As `dense`, group by group; a direction that bends down is taken to bend up as much:
+        raised to a little only, it would hang on what holds it by far too much.
         """
         own = [block.copy() for block in self.own]
         tied = [{other: link.copy() for other, link in links.items()} for links in self.tied]
@@ -118,7 +125,7 @@ class Curvature:
         branches = []
         for depth in reversed(range(len(self.levels))):
             level = self.levels[depth]
-            root = _root(own[depth], least, mirrored)
+            root = _root(own[depth], least)
             covariance = root @ root.transpose(0, 2, 1)
             by_top = covariance @ to_top[depth]
             flat = to_top[depth].reshape(-1, len(self.top))
@@ -133,15 +140,14 @@ class Curvature:
                     np.add.at(tied[other][further], group, -(back @ tied[depth][further]))
                 above[other] = group, -weight
             branches.append(Branch(at=level.at, root=root, slope=-by_top, above=above))
-        root = _root((top + top.T)[None] / 2, least, mirrored)[0]
+        root = _root((top + top.T)[None] / 2, least)[0]
         return Tree(top=self.top, root=root, branches=tuple(reversed(branches)))
 
 
-def _root(matrices: FloatArray, least: float, mirrored: bool) -> FloatArray:
+def _root(matrices: FloatArray, least: float) -> FloatArray:
     """Roots of the inverses of symmetric matrices (group, variable, variable)."""
     scales, vectors = np.linalg.eigh((matrices + matrices.transpose(0, 2, 1)) / 2)
-    scales = np.maximum(np.abs(scales) if mirrored else scales, least)
-    return np.asarray(vectors / np.sqrt(scales)[:, None, :])
+    return np.asarray(vectors / np.sqrt(np.maximum(np.abs(scales), least))[:, None, :])
 
 
 def curvature_at(compiled: CompiledModel, arrays: Arrays, points: FloatArray,

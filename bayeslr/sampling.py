@@ -71,8 +71,11 @@ _SEARCHES, _LEAST_GAIN = 4, 1.0
 # Coordinates are dense for so many parameters at most: their cost grows with the square.
 _MOST_DENSE = 1000
 
+# What bends less is taken to bend so much: its own prior bends by one.
+_FLAT = 0.5
+
 # So many draws tell the curvature where they went.
-_TOLD_BY = 4
+_TOLD_BY = 8
 
 # Height and curvature of what stands where the density cannot be worked out, nats.
 _WALL = 1e6
@@ -238,7 +241,7 @@ def find_mode(
         value, gradient = compiled.value_and_grad(x, data)
         slope = np.asarray(gradient).copy()
         slope[fixed] = 0.0
-        tree = curvature.tree(1e-3, mirrored=True)
+        tree = curvature.tree(1e-3)
         trial = x - tree.x(tree.pull(slope))
         gain = float(value) - float(compiled.value_and_grad(trial, data)[0])
         if not gain > 1e-3:
@@ -291,11 +294,9 @@ def _recentred(
     return x
 
 
-def coordinates_of(curvature: Curvature) -> Dense | Tree:
+def coordinates_of(compiled: CompiledModel, curvature: Curvature) -> Dense | Tree:
     """Coordinates in which a posterior of this curvature is round, but along flat directions."""
-    tree = curvature.tree(0.5)
-    size = len(tree.order)
-    return Dense(tree.x(np.eye(size)).T) if size <= _MOST_DENSE else tree
+    return curvature.dense(_FLAT) if compiled.size <= _MOST_DENSE else curvature.tree(_FLAT)
 
 
 def _preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior,
@@ -309,7 +310,7 @@ def _preconditioned(compiled: CompiledModel, arrays: valley.Arrays, prior: Prior
     centred = {**arrays, **_told(mode, compiled, arrays, curvature)}
     start = _recentred(mode, compiled, arrays, centred)
     mode, curvature = find_mode(compiled, centred, prior, start)
-    return centred, mode, coordinates_of(curvature)
+    return centred, mode, coordinates_of(compiled, curvature)
 
 
 def fit(runs: RunTable, prior: str | Prior = "moe-default", *, seed: int = 1,
@@ -397,7 +398,7 @@ def sample_design(design: Design, card: Prior, *, sizes: Mapping[str, int] | Non
     most = how["num_draws"] * how["max_rounds"]
 
     def renewed(draws: FloatArray) -> Tree:
-        return curvature_at(compiled, arrays, draws[:: len(draws) // _TOLD_BY]).tree(0.5)
+        return curvature_at(compiled, arrays, draws[:: len(draws) // _TOLD_BY]).tree(_FLAT)
 
     def enough(draws: Mapping[str, FloatArray]) -> bool:
         return settled(unpadded(draws, own), gate, most)

@@ -101,11 +101,19 @@ def test_parameters_of_a_group_move_with_what_holds_it_alone() -> None:
     assert (root[upper.at[0]][:, lower.at.ravel()] == 0).all()
 
 
-def test_the_top_of_a_tree_is_made_round() -> None:
+def test_the_top_and_the_groups_of_a_tree_are_made_round() -> None:
     rng = np.random.default_rng(9)
     tree = a_tree(rng)
-    off = dataclasses.replace(tree, root=tree.root @ np.diag([30.0, 1.0, 0.01]))
+    upper, lower = tree.branches
+    turned = upper.root @ np.array([[0.1, 0.0], [0.02, 20.0]])
+    off = dataclasses.replace(
+        tree,
+        root=tree.root @ np.diag([30.0, 1.0, 0.01]),
+        branches=(dataclasses.replace(upper, root=turned), lower),
+    )
     z = rng.normal(size=(400, 12))
     found = off.rounder(tree.x(z), tree.push(-z))
-    left = np.linalg.solve(found.root, tree.root)
-    assert left @ left.T == pytest.approx(np.eye(3), abs=0.02)
+    for one, other in [(found, tree), *zip(found.branches, tree.branches, strict=True)]:
+        left = np.linalg.solve(one.root, other.root)
+        near = np.broadcast_to(np.eye(left.shape[-1]), left.shape)
+        assert left @ np.swapaxes(left, -1, -2) == pytest.approx(near, abs=0.02)

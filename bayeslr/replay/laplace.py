@@ -43,7 +43,7 @@ def normal_posterior(runs: RunTable, prior: str | Prior, *, sizes: Mapping[str, 
     for name, at in sampling.held(compiled).items():
         curvature = curvature.with_own(at, 1.0 / card[name].scale ** 2)
     z = np.random.default_rng([seed, 20_260_110]).normal(size=(num_draws, compiled.size))
-    x = mode + sampling.coordinates_of(curvature).x(z)
+    x = mode + sampling.coordinates_of(compiled, curvature).x(z)
     draws = compiled.draws(x.reshape(2, -1, compiled.size), compiled.data(arrays))
     return make_posterior(
         sampling.unpadded(draws, own), design, runs, card, method="bayes", seed=seed,
