@@ -140,7 +140,7 @@ class Curvature:
                     np.add.at(tied[other][further], group, -(back @ tied[depth][further]))
                 above[other] = group, -weight
             branches.append(Branch(at=level.at, root=root, slope=-by_top, above=above))
-        root = _root((top + top.T)[None] / 2, least)[0]
+        root = _root(top[None], least)[0]
         return Tree(top=self.top, root=root, branches=tuple(reversed(branches)))
 
 

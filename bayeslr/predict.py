@@ -404,7 +404,8 @@ def _valley_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraws:
 
     families = _family_keys(posterior, targets)
     columns = sorted(set(families), reverse=True)  # what was fitted comes first
-    column = np.array([columns.index(g) for g in families])
+    place = {g: i for i, g in enumerate(columns)}
+    column = np.array([place[g] for g in families])
     fitted, unseen = [g for g in columns if g >= 0], [(g,) for g in columns if g < 0]
     own = {name: np.array(values)[column] for name, values in _centres(posterior, columns).items()}
 
@@ -508,9 +509,10 @@ def _two_stage_draws(thinned: _Thinned, targets: Sequence[Target]) -> TargetDraw
     shape = (thinned.num_draws, len(targets))
     families = np.array(_family_keys(posterior, targets))
     p = {name: draws[name][:, None] for name in ("mean_intercept", "family_sd", "residual_sd")}
-    new = thinned.normals("family_sd", [(g,) for g in families.tolist()])
-    intercept = p["mean_intercept"] + p["family_sd"] * new
-    intercept[:, families >= 0] = draws["intercept"][:, families[families >= 0]]
+    fitted, intercept = families >= 0, np.empty(shape)
+    intercept[:, fitted] = draws["intercept"][:, families[fitted]]
+    new = thinned.normals("family_sd", [(g,) for g in families[~fitted].tolist()])
+    intercept[:, ~fitted] = p["mean_intercept"] + p["family_sd"] * new
     slices, alike = _numbered(
         [tuple(row) for row in np.vstack([families, away.round(4)]).T.tolist()]
     )

@@ -239,7 +239,7 @@ def find_mode(
     curvature = curvature_at(compiled, arrays, x, fixed)
     for _ in range(3):
         value, gradient = compiled.value_and_grad(x, data)
-        slope = np.asarray(gradient).copy()
+        slope = np.array(gradient)
         slope[fixed] = 0.0
         tree = curvature.tree(1e-3)
         trial = x - tree.x(tree.pull(slope))
